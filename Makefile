@@ -1,0 +1,100 @@
+# From a fresh clone, with Python 3.11 or newer and make: `make demo`, `make test`.
+# The first call makes .venv and installs the pinned packages into it; later calls find it ready.
+
+PYTHON ?= python3
+VENV ?= .venv
+UV_VERSION := 0.13.9
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+
+# Take the Python that was asked for, never fetch another; trust what the machine trusts.
+export UV_PYTHON_DOWNLOADS := never
+export UV_SYSTEM_CERTS := 1
+
+# The version is part of the stamp's name: `make PYTHON=python3.13 test` after `make test` installs anew.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+UV_INSTALLED := $(VENV)/.uv-$(UV_VERSION)-$(PYTHON_VERSION)
+INSTALLED := $(VENV)/.installed-$(PYTHON_VERSION)
+BENCH_VENV := $(VENV)-bench
+BENCH_INSTALLED := $(BENCH_VENV)/.installed-$(PYTHON_VERSION)
+
+# $(call make-venv,FOLDER): a virtual environment of $(PYTHON), emptied first if it belongs to another version.
+define make-venv
+	@if ! command -v $(firstword $(PYTHON)) >/dev/null 2>&1; then \
+		echo "No '$(PYTHON)' on this machine: whereupon needs Python 3.11 or newer." >&2; \
+		echo "Name one, for example: make PYTHON=python3.12 $(or $(MAKECMDGOALS),test)" >&2; exit 1; fi
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "'$(PYTHON)' is Python $(or $(PYTHON_VERSION),of an unknown version): whereupon needs 3.11 or newer." >&2; \
+		echo "Name another, for example: make PYTHON=python3.12 $(or $(MAKECMDGOALS),test)" >&2; exit 1; fi
+	@found=$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true); \
+		if [ "$$found" = "$(PYTHON_VERSION)" ]; then clear=; else clear=--clear; fi; \
+		$(PYTHON) -m venv $$clear $(1)
+endef
+
+.PHONY: help
+help: ## what can be made (this list)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12 names another Python (3.11 or newer; default: python3)."
+
+.PHONY: install
+install: $(INSTALLED) ## the virtual environment with everything in it, no more
+
+$(UV_INSTALLED):
+	$(call make-venv,$(VENV))
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@touch $@
+
+$(INSTALLED): $(UV_INSTALLED) pyproject.toml dashtam/pyproject.toml constraints.txt Makefile
+	@echo "Python $(PYTHON_VERSION): installing into $(VENV)"
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt \
+		-e '.[sqlite,postgres,psycopg,cli]' -e 'dashtam[demo]' --group dev
+	@touch $@
+
+.PHONY: demo
+demo: $(INSTALLED) ## Dashtam with its inbox; DATABASE_URL=postgresql+asyncpg://… for PostgreSQL, ONCE=1 ends by itself
+	@exec $(BIN)/python -m dashtam.demo $${DATABASE_URL:+--database-url "$$DATABASE_URL"} $${ONCE:+--once}
+
+# Two cores are enough to gain from; more than four gain nothing while every test shares one PostgreSQL.
+.PHONY: test
+test: $(INSTALLED) ## the test-suite; ARGS='-k savepoint -n 0' goes to pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+.PHONY: check
+check: $(INSTALLED) ## style, types, layers, declared dependencies
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/deptry src
+	cd dashtam && $(abspath $(BIN))/deptry src
+
+.PHONY: format
+format: $(INSTALLED) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix --exit-zero
+	@$(BIN)/ruff format
+
+.PHONY: bench
+bench: $(BENCH_INSTALLED) ## publishing in one process, against other packages
+	@$(BENCH_VENV)/bin/python bench/inprocess.py $(ARGS)
+
+# The packages compared with stay out of .venv: their own requirements are none of ours.
+$(BENCH_INSTALLED): bench/requirements.txt pyproject.toml $(INSTALLED)
+	$(call make-venv,$(BENCH_VENV))
+	@echo "Python $(PYTHON_VERSION): installing into $(BENCH_VENV)"
+	@$(UV) pip install --quiet --python $(BENCH_VENV)/bin/python -e . -r bench/requirements.txt
+	@touch $@
+
+# --universal: one file for every Python and platform; nothing in it but names, versions and markers.
+.PHONY: lock
+lock: $(UV_INSTALLED) ## constraints.txt anew, with the latest versions that fit together
+	@$(UV) pip compile --quiet --upgrade --universal --no-header --no-annotate --python $(BIN)/python \
+		--no-emit-package whereupon --no-emit-package dashtam --no-emit-index-url --no-emit-find-links \
+		--all-extras --group dev pyproject.toml dashtam/pyproject.toml --output-file constraints.txt
+
+.PHONY: clean
+clean: ## what was installed, built and cached
+	@rm -rf $(VENV) $(BENCH_VENV) dist build dashtam/dist .demo .mypy_cache .ruff_cache .pytest_cache \
+		.hypothesis .import_linter_cache .coverage
+	@find src dashtam tests typing_tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

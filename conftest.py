@@ -1,0 +1,89 @@
+"""Fixtures for both projects: databases that exist, one for each test."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import (
+    PostgresServer,
+    PostgresUnavailable,
+    drop_leftovers,
+    empty_database,
+    provide_postgres,
+)
+
+# With pytest-xdist the controller provides the server and tells each worker its URL, or why there is none.
+_URL, _REASON = "whereupon_postgres_url", "whereupon_postgres_reason"
+_server = pytest.StashKey[PostgresServer | PostgresUnavailable]()
+
+
+def _provide(config: pytest.Config) -> PostgresServer | PostgresUnavailable:
+    """The session's server, stopped when pytest ends, or the reason why there is none."""
+    if _server not in config.stash:
+        try:
+            server = provide_postgres()
+        except PostgresUnavailable as error:
+            config.stash[_server] = error
+        else:
+            config.stash[_server] = server
+            config.add_cleanup(server.stop)
+            drop_leftovers(server.url)
+    return config.stash[_server]
+
+
+class _Controller:
+    """What only the controlling process of pytest-xdist does."""
+
+    def pytest_configure_node(self, node: object) -> None:
+        provided = _provide(node.config)  # type: ignore[attr-defined]
+        told = {_URL: provided.url} if isinstance(provided, PostgresServer) else {_REASON: str(provided)}
+        node.workerinput.update(told)  # type: ignore[attr-defined]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("dsession"):
+        config.pluginmanager.register(_Controller(), "whereupon-controller")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(pytestconfig: pytest.Config) -> str:
+    """The URL of a PostgreSQL server, without a database, whose user may create some; see `provide_postgres`.
+
+    Without one the test is skipped, in CI (CI=true) it fails.
+    """
+    told: dict[str, str] = getattr(pytestconfig, "workerinput", {})
+    if _URL in told:
+        return told[_URL]
+    if _REASON in told:
+        reason = told[_REASON]
+    else:
+        provided = _provide(pytestconfig)
+        if isinstance(provided, PostgresServer):
+            return provided.url
+        reason = str(provided)
+    if os.environ.get("CI", "").lower() in {"true", "1"}:
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database that belongs to this test alone."""
+    with empty_database(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of an SQLite database that belongs to this test alone; its file does not exist yet."""
+    return f"sqlite+aiosqlite:///{tmp_path}/app.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database that belongs to this test alone: the test runs once on each database."""
+    name = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]
+    url: str = request.getfixturevalue(name)
+    return url

@@ -1,0 +1,1 @@
+"""A financial-data aggregator: the reference application of `whereupon`."""

@@ -1,0 +1,25 @@
+"""`import whereupon` costs what the core needs; drivers and frameworks are loaded by whoever uses them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LISTS_WHAT_IT_LOADED = """
+import json, sys
+before = set(sys.modules)
+import whereupon
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+
+pytestmark = pytest.mark.integration
+
+
+def test_importing_whereupon_loads_the_standard_library_msgspec_and_uuid_utils_only() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", LISTS_WHAT_IT_LOADED], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(json.loads(ran.stdout))
+    assert "whereupon" in loaded
+    assert loaded - sys.stdlib_module_names <= {"whereupon", "msgspec", "uuid_utils"}

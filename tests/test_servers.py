@@ -1,0 +1,156 @@
+"""The databases that other tests are given are real, empty and gone afterwards."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from tests import servers
+
+pytestmark = pytest.mark.integration
+
+STARTS_ONE_AND_DIES = """
+import os, signal
+from tests.servers import start_postgres
+print(start_postgres().url, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def dsn(url: str) -> str:
+    """What asyncpg takes, for SQLAlchemy's `url`."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+async def ask(url: str, question: str) -> object:
+    connection = await asyncpg.connect(dsn(url))
+    try:
+        return await connection.fetchval(question)
+    finally:
+        await connection.close()
+
+
+async def databases(server: str) -> set[str]:
+    names = await ask(f"{server}/postgres", "SELECT array_agg(datname::text) FROM pg_database")
+    assert isinstance(names, list)
+    return set(names)
+
+
+async def test_a_server_of_our_own_answers_durably_and_is_gone_after_stop() -> None:
+    server = servers.start_postgres()
+    try:
+        assert await ask(f"{server.url}/postgres", "SELECT 1") == 1
+        assert await ask(f"{server.url}/postgres", "SHOW fsync") == "on"
+        assert await ask(f"{server.url}/postgres", "SHOW synchronous_commit") == "on"
+        folder = Path(str(await ask(f"{server.url}/postgres", "SHOW data_directory"))).parent
+        with servers.empty_database(server.url) as url:
+            assert await ask(url, "SELECT current_database()") == make_url(url).database
+    finally:
+        server.stop()
+    with pytest.raises(ConnectionRefusedError):
+        await ask(f"{server.url}/postgres", "SELECT 1")
+    assert not folder.exists()
+    server.stop()
+
+
+async def test_a_server_ends_with_the_process_that_started_it_even_when_that_is_killed() -> None:
+    ran = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", STARTS_ONE_AND_DIES],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,  # for `tests` to be importable
+    )
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    url = ran.stdout.strip()
+    give_up = time.monotonic() + 30
+    while True:
+        try:
+            await ask(f"{url}/postgres", "SELECT 1")
+        except (OSError, asyncpg.PostgresError):
+            break
+        assert time.monotonic() < give_up, f"{url} still answers"
+
+
+@pytest.mark.parametrize(
+    ("fails", "complaint"),
+    [
+        ("initdb", "initdb failed: no room on this disk"),
+        ("postgres", "ended right after its start; it said: no room on this disk"),
+    ],
+)
+def test_binaries_that_fail_are_reported_with_what_they_said(
+    tmp_path: Path, fails: str, complaint: str
+) -> None:
+    for name in ("initdb", "postgres"):
+        script = "echo 'no room on this disk' >&2; exit 1" if name == fails else "exit 0"
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(servers.PostgresUnavailable, match=complaint):
+        servers.start_postgres(binaries=[tmp_path])
+
+
+def test_a_named_server_that_does_not_answer_is_not_replaced_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(servers.POSTGRES_VARIABLE, "postgresql://someone:secret@127.0.0.1:1")
+    with pytest.raises(servers.PostgresUnavailable, match=servers.POSTGRES_VARIABLE) as caught:
+        servers.provide_postgres()
+    assert "secret" not in str(caught.value)
+
+
+def test_a_named_server_keeps_its_credentials(postgres_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(servers.POSTGRES_VARIABLE, dsn(postgres_server))
+    assert servers.provide_postgres().url == postgres_server
+
+
+async def test_each_test_has_an_empty_database_of_its_own(postgres_url: str, postgres_server: str) -> None:
+    tables = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    assert await ask(postgres_url, tables) == 0
+    with servers.empty_database(postgres_server) as other:
+        assert make_url(other).database != make_url(postgres_url).database
+
+
+async def test_a_database_is_dropped_although_somebody_is_connected(postgres_server: str) -> None:
+    with servers.empty_database(postgres_server) as url:
+        connection = await asyncpg.connect(dsn(url))
+    connection.terminate()
+    assert make_url(url).database not in await databases(postgres_server)
+
+
+async def test_leftovers_go_after_an_hour_and_not_before(postgres_server: str) -> None:
+    old = servers.database_name(made_at=time.time() - 3700)
+    young = servers.database_name(made_at=time.time() - 3500)
+    connection = await asyncpg.connect(dsn(f"{postgres_server}/postgres"))
+    try:
+        await connection.execute(f"CREATE DATABASE {old} TEMPLATE template0")
+        await connection.execute(f"CREATE DATABASE {young} TEMPLATE template0")
+        assert old in servers.drop_leftovers(postgres_server)
+        left = await databases(postgres_server)
+    finally:
+        await connection.execute(f"DROP DATABASE IF EXISTS {young}")
+        await connection.execute(f"DROP DATABASE IF EXISTS {old}")
+        await connection.close()
+    assert old not in left
+    assert young in left
+
+
+def test_the_sqlite_url_needs_nothing_else_to_connect(sqlite_url: str) -> None:
+    file = make_url(sqlite_url).database
+    assert file is not None
+    assert Path(file).is_absolute()
+    assert not Path(file).exists()
+
+
+async def test_a_test_on_every_database_runs_on_each(
+    database_url: str, request: pytest.FixtureRequest
+) -> None:
+    assert make_url(database_url).get_backend_name() == request.node.callspec.id
