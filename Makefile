@@ -60,13 +60,22 @@ demo: $(INSTALLED) ## Dashtam with its inbox; DATABASE_URL=postgresql+asyncpg://
 test: $(INSTALLED) ## the test-suite; ARGS='-k savepoint -n 0' goes to pytest
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-.PHONY: check
-check: $(INSTALLED) ## style, types, layers, declared dependencies
+# One after the other; `make -k check` goes on after a failure, `make types` repeats one part.
+.PHONY: check style types layers dependencies
+check: style types layers dependencies ## style, types, layers, declared dependencies
+
+style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/lint-imports
+
+layers: $(INSTALLED)
+	$(BIN)/lint-imports --no-logo
+
+dependencies: $(INSTALLED)
 	$(BIN)/deptry src
 	cd dashtam && $(abspath $(BIN))/deptry src
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ from tests.servers import (
     empty_database,
     provide_postgres,
 )
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 # With pytest-xdist the controller provides the server and tells each worker its URL, or why there is none.
 _URL, _REASON = "whereupon_postgres_url", "whereupon_postgres_reason"
@@ -36,10 +40,10 @@ def _provide(config: pytest.Config) -> PostgresServer | PostgresUnavailable:
 class _Controller:
     """What only the controlling process of pytest-xdist does."""
 
-    def pytest_configure_node(self, node: object) -> None:
-        provided = _provide(node.config)  # type: ignore[attr-defined]
+    def pytest_configure_node(self, node: "WorkerController") -> None:
+        provided = _provide(node.config)
         told = {_URL: provided.url} if isinstance(provided, PostgresServer) else {_REASON: str(provided)}
-        node.workerinput.update(told)  # type: ignore[attr-defined]
+        node.workerinput.update(told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
