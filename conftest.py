@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import pytest
 
@@ -15,11 +15,9 @@ from tests.servers import (
     provide_postgres,
 )
 
-if TYPE_CHECKING:
-    from xdist.workermanage import WorkerController
-
 # With pytest-xdist the controller provides the server and tells each worker its URL, or why there is none.
-_URL, _REASON = "whereupon_postgres_url", "whereupon_postgres_reason"
+_URL = "whereupon_postgres_url"
+_REASON = "whereupon_postgres_reason"
 _server = pytest.StashKey[PostgresServer | PostgresUnavailable]()
 
 
@@ -37,18 +35,21 @@ def _provide(config: pytest.Config) -> PostgresServer | PostgresUnavailable:
     return config.stash[_server]
 
 
-class _Controller:
-    """What only the controlling process of pytest-xdist does."""
+class _Worker(Protocol):
+    """What is used of pytest-xdist's WorkerController, which has no type hints."""
 
-    def pytest_configure_node(self, node: "WorkerController") -> None:
-        provided = _provide(node.config)
-        told = {_URL: provided.url} if isinstance(provided, PostgresServer) else {_REASON: str(provided)}
-        node.workerinput.update(told)
+    config: pytest.Config
+    workerinput: dict[str, str]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("dsession"):
-        config.pluginmanager.register(_Controller(), "whereupon-controller")
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: _Worker) -> None:
+    """Called by pytest-xdist, in the controller, before it starts a worker."""
+    provided = _provide(node.config)
+    if isinstance(provided, PostgresServer):
+        node.workerinput[_URL] = provided.url
+    else:
+        node.workerinput[_REASON] = str(provided)
 
 
 @pytest.fixture(scope="session")

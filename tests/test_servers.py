@@ -112,6 +112,15 @@ def test_a_named_server_keeps_its_credentials(postgres_server: str, monkeypatch:
     assert servers.provide_postgres().url == postgres_server
 
 
+def test_test_processes_use_the_server_their_controller_provides(
+    postgres_server: str, pytestconfig: pytest.Config
+) -> None:
+    told: dict[str, str] | None = getattr(pytestconfig, "workerinput", None)
+    if told is None:
+        pytest.skip("pytest runs in one process: start it with -n 2")
+    assert told["whereupon_postgres_url"] == postgres_server
+
+
 async def test_each_test_has_an_empty_database_of_its_own(postgres_url: str, postgres_server: str) -> None:
     tables = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
     assert await ask(postgres_url, tables) == 0
