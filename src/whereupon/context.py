@@ -1,0 +1,155 @@
+"""What a handler knows beside the event, and what a request leaves for the events it publishes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+
+from whereupon.errors import PublishError
+
+_ids: Final = ("correlation_id", "causation_id")
+_texts: Final = ("actor", "ip_address", "user_agent", "trace_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """Who and what caused an event: stored beside it, handed to every handler, never changed."""
+
+    correlation_id: UUID | None = None
+    """Equal for all events that go back to the same one; that one's id unless a request says otherwise."""
+    causation_id: UUID | None = None
+    """The event whose handler published this one."""
+    actor: str | None = None
+    ip_address: str | None = None
+    user_agent: str | None = None
+    trace_id: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Metadata | Mapping[str, Any] | None) -> Metadata:
+        """Metadata from a mapping; keys that are no field go to `extra`. Raises `PublishError` for other types."""
+        if isinstance(values, Metadata):
+            return values
+        known: dict[str, Any] = {}
+        extra: dict[str, str] = {}
+        for key, value in (values or {}).items():
+            if value is None:
+                continue
+            if key in _ids:
+                known[key] = value if isinstance(value, UUID) else _uuid(key, value)
+            elif key in _texts:
+                known[key] = str(value)
+            elif key == "extra" and isinstance(value, Mapping):
+                extra.update({str(name): str(item) for name, item in value.items()})
+            else:
+                extra[str(key)] = str(value)
+        return cls(**known, extra=extra)
+
+
+def _uuid(key: str, value: Any) -> UUID:
+    try:
+        return UUID(str(value))
+    except ValueError:
+        raise PublishError(f"metadata has {key}={value!r}: it is the id of an event or request, a UUID") from None
+
+
+NO_METADATA: Final = Metadata()
+
+_request: ContextVar[Metadata | None] = ContextVar("whereupon_request", default=None)
+handling: ContextVar[tuple[UUID, Metadata] | None] = ContextVar("whereupon_handling", default=None)
+"""The event whose handler runs now, and its metadata: what a handler publishes inherits from it."""
+
+
+@contextlib.contextmanager
+def request_metadata(metadata: Metadata | Mapping[str, Any]) -> Iterator[None]:
+    """Events published in this block, by this task and tasks it starts, carry `metadata`."""
+    token = _request.set(Metadata.of(metadata))
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def metadata_for(explicit: Metadata | Mapping[str, Any] | None) -> Metadata:
+    """The metadata of an event published now: as given, else the request's, else that of the event being handled."""
+    metadata = Metadata.of(explicit) if explicit is not None else _request.get() or NO_METADATA
+    cause = handling.get()
+    if cause is None:
+        return metadata
+    event_id, inherited = cause
+    given = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
+    merged = {name: getattr(inherited, name) if value in (None, {}) else value for name, value in given.items()}
+    merged["causation_id"] = metadata.causation_id or event_id
+    merged["correlation_id"] = metadata.correlation_id or inherited.correlation_id or event_id
+    return Metadata(**merged)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventContext:
+    """One delivery, as its handler sees it. Take it as a parameter: `context: EventContext`."""
+
+    event_id: UUID
+    event_type: str
+    """The name the event is stored under."""
+    subscription: str
+    attempt: int = 1
+    """1 for the first call, counted before the handler runs."""
+    metadata: Metadata = NO_METADATA
+    log: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def idempotency_key(self) -> str:
+        """Equal on every attempt of this delivery, and for no other: hand it to whatever must not do things twice."""
+        return f"{self.event_id}:{self.subscription}"
+
+    @property
+    def correlation_id(self) -> UUID:
+        return self.metadata.correlation_id or self.event_id
+
+    @property
+    def causation_id(self) -> UUID | None:
+        return self.metadata.causation_id
+
+    @property
+    def actor(self) -> str | None:
+        return self.metadata.actor
+
+    @property
+    def ip_address(self) -> str | None:
+        return self.metadata.ip_address
+
+    @property
+    def user_agent(self) -> str | None:
+        return self.metadata.user_agent
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.metadata.trace_id
+
+    @property
+    def logger(self) -> Any:
+        """The bus's logger with event, subscription and attempt bound, where it can bind (structlog); else as it is."""
+        logger = self.log if self.log is not None else logging.getLogger("whereupon")
+        bind = getattr(logger, "bind", None)
+        if bind is None:
+            return logger
+        return bind(event_id=str(self.event_id), subscription=self.subscription, attempt=self.attempt)
+
+
+def encode_metadata(metadata: Metadata) -> str:
+    return msgspec.json.encode(
+        {f.name: value for f in dataclasses.fields(metadata) if (value := getattr(metadata, f.name)) not in (None, {})}
+    ).decode()
+
+
+def decode_metadata(text: str | bytes) -> Metadata:
+    """Raises `msgspec.ValidationError` or `msgspec.DecodeError` for text that `encode_metadata` did not write."""
+    return msgspec.json.decode(text, type=Metadata)
