@@ -1,0 +1,206 @@
+"""What every bus offers: subscribing, and the shape of publishing."""
+
+from __future__ import annotations
+
+from asyncio import CancelledError
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+
+from whereupon.context import Metadata
+from whereupon.errors import EventDefinitionError, PublishError
+from whereupon.event import DomainEvent, EventType, event_class
+from whereupon.logs import Logger, logger_of
+from whereupon.subscription import (
+    DEFAULT_TIMEOUT,
+    Delivery,
+    Handler,
+    Retry,
+    Subscription,
+    Subscriptions,
+    handlers_of,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+E = TypeVar("E", bound=DomainEvent)
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+class Receipt(Protocol):
+    """What `publish` returns."""
+
+    @property
+    def events(self) -> tuple[DomainEvent, ...]: ...
+
+    async def settled(self, timeout: float | None = 30.0) -> None:
+        """Wait until every handler has settled these events: succeeded, dead or skipped.
+
+        Only after the commit: before it this would wait for ever, and raises `TimeoutError` after `timeout` seconds.
+        """
+        ...
+
+
+class EventBusProtocol(Protocol):
+    """What an application needs of a bus; both buses are one."""
+
+    @overload
+    def subscribe(
+        self,
+        event_type: type[E],
+        handler: Handler[E],
+        /,
+        *,
+        name: str | None = None,
+        delivery: Delivery | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        concurrency: int = 10,
+        required: bool = False,
+    ) -> None: ...
+
+    @overload
+    def subscribe(
+        self,
+        event_type: type[E],
+        /,
+        *,
+        name: str | None = None,
+        delivery: Delivery | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        concurrency: int = 10,
+        required: bool = False,
+    ) -> Callable[[Handler[E]], Handler[E]]: ...
+
+    def register(self, handlers: object, /, **options: Any) -> None: ...
+
+    async def publish(
+        self, *events: DomainEvent, session: Any = None, metadata: Metadata | Mapping[str, Any] | None = None
+    ) -> Receipt: ...
+
+    async def drain(self, timeout: float | None = None) -> None: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+
+class Subscribing:
+    """The part that the buses share: subscriptions, checks of what is published, the record of a failure."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger: Logger = logger_of(logger)
+        self._raw_logger = logger
+        self.subscriptions = Subscriptions()
+        self._classes: dict[str, type[DomainEvent]] = {}
+
+    @overload
+    def subscribe(
+        self,
+        event_type: type[E],
+        handler: Handler[E],
+        /,
+        *,
+        name: str | None = None,
+        delivery: Delivery | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        concurrency: int = 10,
+        required: bool = False,
+    ) -> None: ...
+
+    @overload
+    def subscribe(
+        self,
+        event_type: type[E],
+        /,
+        *,
+        name: str | None = None,
+        delivery: Delivery | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        concurrency: int = 10,
+        required: bool = False,
+    ) -> Callable[[Handler[E]], Handler[E]]: ...
+
+    def subscribe(
+        self, event_type: type[E], handler: Handler[E] | None = None, /, **options: Any
+    ) -> Callable[[Handler[E]], Handler[E]] | None:
+        """Have `handler` hear events of exactly this type; `DomainEvent` hears all of them.
+
+        Without a handler it is a decorator. `name` is what progress is stored under (default: the handler's own name),
+        `delivery` how it is served, `retry` when a failure is tried again, `timeout` the seconds one call may take,
+        `concurrency` how many calls run at once in one process; `required` makes a failure IN_TRANSACTION raise to the
+        publisher. Raises `SubscriptionError` for a handler that could not be called.
+        """
+        if handler is None:
+
+            def decorate(handler: Handler[E]) -> Handler[E]:
+                self._subscribe(event_type, handler, options)
+                return handler
+
+            return decorate
+        self._subscribe(event_type, handler, options)
+        return None
+
+    def register(self, handlers: object, /, **options: Any) -> None:
+        """Subscribe every `handle_…` method of an object to the events that its first parameter is annotated with.
+
+        `options` are those of `subscribe`, for each of them. Raises `SubscriptionError`, and then subscribes none.
+        """
+        found = handlers_of(handlers)
+        trial = Subscriptions()
+        for event_type, method in found:
+            trial.add(event_type, method, **options)
+        for event_type, method in found:
+            self._subscribe(event_type, method, options)
+
+    def _subscribe(self, event_type: type[DomainEvent], handler: Callable[..., Any], options: dict[str, Any]) -> None:
+        subscription = self.subscriptions.add(event_type, handler, **options)
+        if event_type is not DomainEvent:
+            self._know(event_type)
+        self._subscribed(subscription)
+
+    def _subscribed(self, subscription: Subscription) -> None:
+        """Called for each subscription as it is made or extended."""
+
+    def _know(self, cls: type[DomainEvent]) -> None:
+        definition = cls.__event__
+        for stored in (definition.name, *definition.aliases):
+            known = self._classes.setdefault(stored, cls)
+            if known is not cls and event_class(stored) is not cls:
+                raise EventDefinitionError(
+                    f"this bus knows {known.__module__}.{known.__qualname__} as {stored!r}, and "
+                    f"{cls.__module__}.{cls.__qualname__} would be stored under the same name. Give one a name= of its own"
+                )
+            self._classes[stored] = cls
+
+    def _check_events(self, events: tuple[DomainEvent, ...]) -> None:
+        if not events:
+            raise PublishError("publish takes one event or more: bus.publish(OrderPlaced(…), session=session)")
+        for event in events:
+            cls = type(event)
+            if not isinstance(cls, EventType):
+                hint = (
+                    f"{event.__name__}(…)" if isinstance(event, EventType) else "an instance of a DomainEvent subclass"
+                )
+                raise PublishError(f"publish takes events, not {event!r}: pass {hint}")
+            if cls.__event__.abstract:
+                raise PublishError(f"{cls.__name__} is abstract: publish an event of a class made from it")
+
+    def _report(self, subscription: Subscription, event: DomainEvent, error: BaseException, **more: Any) -> None:
+        self.logger.warning(
+            "event_handler_failed",
+            event_type=type(event).__name__,
+            event_id=str(event.event_id),
+            handler_name=subscription.handler_name,
+            error_type=type(error).__name__,
+            error_message=str(error),
+            subscription=subscription.name,
+            **more,
+            exc_info=None if isinstance(error, CancelledError) else error,
+        )

@@ -1,0 +1,447 @@
+"""Subscriptions: which handler hears which events, how it is served, and whether it can be at all."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import random
+import sys
+import types
+import typing
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Final, TypeAlias, TypeVar
+
+from whereupon.context import EventContext
+from whereupon.errors import DuplicateSubscriptionError, SubscriptionError
+from whereupon.event import DomainEvent, EventType, ensure_resolved, event_class
+
+E = TypeVar("E", bound=DomainEvent)
+Handler: TypeAlias = Callable[Concatenate[E, ...], Coroutine[Any, Any, None]]
+
+DEFAULT_TIMEOUT: Final = 30.0
+
+
+class Delivery(enum.StrEnum):
+    """How a subscription is served; what each survives is in the README's table."""
+
+    IN_TRANSACTION = "in_transaction"
+    """Inside `publish`, in the publisher's transaction, in a savepoint of its own."""
+    AFTER_COMMIT = "after_commit"
+    """Right after the commit, in this process; nothing is stored, so a crash loses it."""
+    DURABLE = "durable"
+    """After the commit, on any worker, until it succeeds or is dead."""
+    TRANSACTIONAL = "transactional"
+    """As DURABLE, in a transaction that also records the delivery, so its writes happen once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """When a failed delivery is tried again: exponential backoff with full jitter.
+
+    The wait before attempt n+1 is drawn evenly from 0 to `min(longest, first * factor ** (n - 1))` seconds
+    (Marc Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015). After `max_attempts`
+    calls the delivery is a dead letter.
+    """
+
+    max_attempts: int = 10
+    first: float = 1.0
+    factor: float = 2.0
+    longest: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(
+                f"Retry(max_attempts={self.max_attempts}): a delivery is tried once at least. Use 1 or more"
+            )
+        if not (0 <= self.first < float("inf") and 0 <= self.longest < float("inf")):
+            raise ValueError(f"Retry(first={self.first}, longest={self.longest}): both are seconds, 0 or more")
+        if not 1 <= self.factor < float("inf"):
+            raise ValueError(f"Retry(factor={self.factor}): each wait is the last one times this, so 1 or more")
+
+    def ceiling(self, attempt: int) -> float:
+        """The longest wait, in seconds, after the failure of this attempt (1 for the first)."""
+        try:
+            return min(self.longest, self.first * self.factor ** (attempt - 1))
+        except OverflowError:
+            return self.longest
+
+    def wait(self, attempt: int) -> float:
+        return random.uniform(0, self.ceiling(attempt))
+
+
+@dataclass(eq=False, slots=True)
+class Subscription:
+    """One named handler and the event types it hears. Made by `subscribe`; read it, don't build it."""
+
+    name: str
+    handler: Callable[..., Awaitable[None]]
+    handler_name: str
+    """What log records call the handler: the function's or method's own name."""
+    event_types: set[type[DomainEvent]]
+    delivery: Delivery
+    retry: Retry
+    timeout: float | None
+    """Seconds that one call may take, or None."""
+    concurrency: int
+    required: bool
+    context_parameter: str | None
+    session_parameter: str | None
+    recorder: Any = field(default=None, repr=False)
+    """An object that writes with the log instead of being called (see `Recorder`)."""
+
+    def hears(self, event_type: type[DomainEvent]) -> bool:
+        return event_type in self.event_types or DomainEvent in self.event_types
+
+    def call(self, event: DomainEvent, context: EventContext | None, session: Any) -> Awaitable[None]:
+        extra: dict[str, Any] = {}
+        if self.context_parameter is not None:
+            extra[self.context_parameter] = context
+        if self.session_parameter is not None:
+            extra[self.session_parameter] = session
+        return self.handler(event, **extra)
+
+    @property
+    def owner(self) -> str:
+        """What an error about the subscription calls it: the handler's class, if it has one."""
+        return self.name.split(".")[0]
+
+
+class Subscriptions:
+    """The subscriptions of one bus."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Subscription] = {}
+        self._hearing: dict[type[DomainEvent], tuple[Subscription, ...]] = {}
+
+    def __iter__(self) -> Iterator[Subscription]:
+        return iter(self._by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Subscription:
+        return self._by_name[name]
+
+    def hearing(self, event_type: type[DomainEvent]) -> tuple[Subscription, ...]:
+        found = self._hearing.get(event_type)
+        if found is None:
+            found = tuple(s for s in self._by_name.values() if s.hears(event_type))
+            self._hearing[event_type] = found
+        return found
+
+    def add(
+        self,
+        event_type: type[DomainEvent],
+        handler: Callable[..., Any],
+        *,
+        name: str | None = None,
+        delivery: Delivery | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        concurrency: int = 10,
+        required: bool = False,
+    ) -> Subscription:
+        """Check everything that can be checked of a subscription, and keep it. Raises `SubscriptionError`."""
+        if not isinstance(event_type, EventType):
+            raise SubscriptionError(
+                f"subscribe takes an event class first, not {event_type!r}: bus.subscribe(OrderPlaced, handler)"
+            )
+        definition = ensure_resolved(event_type)
+        if definition.abstract and event_type is not DomainEvent:
+            raise SubscriptionError(
+                f"{event_type.__name__} is abstract, and matching is by exact type, so its handler would hear nothing. "
+                "Subscribe to the classes made from it, or to DomainEvent, which hears everything"
+            )
+        handler_name, default_name = _names(handler)
+        name = name or default_name
+        context_parameter, session_parameter = _inspect(handler, name, event_type)
+        recorder = _recorder_of(handler)
+        if delivery is None:
+            delivery = getattr(recorder or getattr(handler, "__self__", handler), "delivery", None)
+        if delivery is None:
+            delivery = Delivery.TRANSACTIONAL if session_parameter else Delivery.DURABLE
+        delivery = Delivery(delivery)
+        _check_options(name, delivery, timeout, concurrency, required, session_parameter)
+        made = Subscription(
+            name=name,
+            handler=handler,
+            handler_name=handler_name,
+            event_types={event_type},
+            delivery=delivery,
+            retry=retry or Retry(),
+            timeout=timeout,
+            concurrency=concurrency,
+            required=required,
+            context_parameter=context_parameter,
+            session_parameter=session_parameter,
+            recorder=recorder if delivery is Delivery.IN_TRANSACTION else None,
+        )
+        known = self._by_name.get(name)
+        if known is None:
+            self._by_name[name] = known = made
+        elif _same(known, made) and event_type not in known.event_types:
+            known.event_types.add(event_type)
+        else:
+            raise DuplicateSubscriptionError(_duplicate(known, made, event_type))
+        self._hearing.clear()
+        return known
+
+
+def _recorder_of(handler: Any) -> Any:
+    """The object that a handler belongs to, where that can write its records with the log itself."""
+    owner = getattr(handler, "__self__", handler)
+    return owner if callable(getattr(owner, "record", None)) and hasattr(owner, "delivery") else None
+
+
+def _same(known: Subscription, made: Subscription) -> bool:
+    return known.handler == made.handler and all(
+        getattr(known, option) == getattr(made, option)
+        for option in ("delivery", "retry", "timeout", "concurrency", "required")
+    )
+
+
+def _duplicate(known: Subscription, made: Subscription, event_type: type[DomainEvent]) -> str:
+    if known.handler == made.handler and event_type in known.event_types:
+        return f"{made.name} is subscribed to {event_type.__name__} already. Remove one of the two"
+    if known.handler == made.handler:
+        return (
+            f"{made.name} is subscribed with other options already, and a subscription has one set of them. "
+            f'Give this one a name of its own: subscribe({event_type.__name__}, …, name="…")'
+        )
+    return (
+        f"two handlers would be subscribed as {made.name!r}: {_described(known.handler)} and "
+        f"{_described(made.handler)}. The name is what progress is stored under. Give one a name of its own: "
+        f'subscribe({event_type.__name__}, …, name="…")'
+    )
+
+
+def _described(handler: Callable[..., Any]) -> str:
+    inner = _innermost(handler)
+    return f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+
+
+def _check_options(
+    name: str,
+    delivery: Delivery,
+    timeout: float | None,
+    concurrency: int,
+    required: bool,
+    session_parameter: str | None,
+) -> None:
+    if not isinstance(name, str) or not name.strip() or len(name) > 200:
+        raise SubscriptionError(f"a subscription is named by text of 1 to 200 characters, not {name!r}")
+    if timeout is not None and not 0 < timeout < float("inf"):
+        raise SubscriptionError(f"{name} has timeout={timeout!r}: it is seconds, more than 0, or None for no limit")
+    if not isinstance(concurrency, int) or concurrency < 1:
+        raise SubscriptionError(f"{name} has concurrency={concurrency!r}: it is how many run at once, 1 or more")
+    if required and delivery is not Delivery.IN_TRANSACTION:
+        raise SubscriptionError(
+            f"{name} is required, but runs {delivery}: only a handler that runs IN_TRANSACTION can make publish fail. "
+            "Say delivery=Delivery.IN_TRANSACTION, or leave required out"
+        )
+    if delivery is Delivery.TRANSACTIONAL and session_parameter is None:
+        raise SubscriptionError(
+            f"{name} is TRANSACTIONAL, but takes no session, so nothing would be in that transaction. "
+            "Add a parameter annotated AsyncSession, or say delivery=Delivery.DURABLE"
+        )
+    if delivery is Delivery.DURABLE and session_parameter is not None:
+        raise SubscriptionError(
+            f"{name} takes a session, but is DURABLE: its writes and its progress would commit apart. "
+            "Leave delivery out (TRANSACTIONAL is the default for it), or open a session of your own in the handler"
+        )
+
+
+def _innermost(handler: Any) -> Any:
+    while isinstance(handler, (functools.partial, functools.partialmethod)):
+        handler = handler.func
+    return handler
+
+
+def _names(handler: Any) -> tuple[str, str]:
+    """The handler's own name, and the one its subscription gets unless told otherwise."""
+    inner = _innermost(handler)
+    qualname = getattr(inner, "__qualname__", None)
+    if qualname is None or isinstance(inner, type):
+        qualname = type(inner).__qualname__ if not isinstance(inner, type) else inner.__qualname__
+        short = qualname.rpartition(".")[2]
+        return short, short
+    owner = getattr(inner, "__self__", None)
+    own = inner.__name__
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        cls = owner if isinstance(owner, type) else type(owner)
+        return own, cls.__name__ if own == "handle" else f"{cls.__name__}.{own}"
+    return own, qualname.rpartition("<locals>.")[2]
+
+
+def _inspect(handler: Any, name: str, event_type: type[DomainEvent]) -> tuple[str | None, str | None]:
+    """Check the signature; return the names of the parameters for the context and for the session."""
+    if not callable(handler):
+        raise SubscriptionError(f"subscribe takes a handler, an async function, not {handler!r}")
+    if isinstance(handler, type):
+        raise SubscriptionError(
+            f"{handler.__name__} is a class: subscribe a method of an instance, or bus.register({handler.__name__}(…))"
+        )
+    inner = _innermost(handler)
+    function = inner if inspect.isroutine(inner) else type(inner).__call__
+    if not _is_async(inner) and not _is_async(function):
+        raise SubscriptionError(
+            f"{name} is not async, so nobody could await it. Write `async def {_names(handler)[0]}(…)`; a decorator "
+            "around it must be async as well"
+        )
+    try:
+        signature = inspect.signature(handler)
+    except (TypeError, ValueError) as error:
+        raise SubscriptionError(f"{name} has no signature to read: {error}") from error
+    hints = _hints(inspect.unwrap(function))
+    parameters = list(signature.parameters.values())
+    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise SubscriptionError(
+            f"{name} takes no event: write `async def {_names(handler)[0]}(event: {event_type.__name__})`"
+        )
+    first, *rest = parameters
+    if first.kind is not inspect.Parameter.VAR_POSITIONAL:
+        _check_event_annotation(name, hints.get(first.name, first.annotation), event_type)
+    context_parameter = session_parameter = None
+    for parameter in rest:
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            continue
+        meaning = _meaning(hints.get(parameter.name, parameter.annotation))
+        if meaning == "context" and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            context_parameter = parameter.name
+        elif meaning == "session" and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            session_parameter = parameter.name
+        elif parameter.default is inspect.Parameter.empty:
+            raise SubscriptionError(_unknown_parameter(name, parameter, meaning))
+    return context_parameter, session_parameter
+
+
+def _unknown_parameter(name: str, parameter: inspect.Parameter, meaning: str | None) -> str:
+    if meaning == "sync session":
+        return f"{name} takes a Session as {parameter.name!r}, but handlers are async: annotate it AsyncSession"
+    if meaning is not None:
+        return f"{name} takes {parameter.name!r} by position only, but it is passed by name: drop the `/`"
+    return (
+        f"{name} takes {parameter.name!r}, and nobody would pass it: a handler takes the event and, by annotation, "
+        "EventContext and AsyncSession. Annotate it so, give it a default, or bind it with functools.partial"
+    )
+
+
+def _is_async(function: Any) -> bool:
+    if inspect.iscoroutinefunction(function):
+        return True
+    if sys.version_info >= (3, 12):
+        return False
+    # a marker that mocks and asyncio's legacy coroutines carry; inspect knows it from 3.12 on
+    import asyncio
+
+    return asyncio.iscoroutinefunction(function)
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Annotations, resolved where they can be; a name known to type checkers only stays text."""
+    annotations: dict[str, Any] = getattr(function, "__annotations__", None) or {}
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        pass
+    names = dict(getattr(function, "__globals__", {}))
+    closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    resolved = {}
+    for key, annotation in annotations.items():
+        resolved[key] = annotation
+        if isinstance(annotation, str):
+            try:
+                resolved[key] = eval(annotation, names, dict(closure))
+            except Exception:
+                continue
+    return resolved
+
+
+def _members(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) is typing.Annotated:
+        return _members(hint.__origin__)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [part for member in typing.get_args(hint) for part in _members(member) if part is not type(None)]
+    if isinstance(hint, str):
+        return [part.strip().rpartition(".")[2] for part in hint.split("|") if part.strip() != "None"]
+    return [hint]
+
+
+def _meaning(hint: Any) -> str | None:
+    for member in _members(hint):
+        if member is EventContext or member == "EventContext":
+            return "context"
+        names = (
+            {member}
+            if isinstance(member, str)
+            else {c.__name__ for c in getattr(member, "__mro__", ()) if _sqlalchemy(c)}
+        )
+        if names & {"AsyncSession", "async_scoped_session"}:
+            return "session"
+        if "Session" in names and not isinstance(member, str):
+            return "sync session"
+    return None
+
+
+def _sqlalchemy(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("sqlalchemy", "sqlmodel")
+
+
+def _check_event_annotation(name: str, hint: Any, event_type: type[DomainEvent]) -> None:
+    if hint is inspect.Parameter.empty or hint is Any:
+        return
+    members = _members(hint)
+    for member in members:
+        if isinstance(member, TypeVar):
+            return
+        if isinstance(member, str):
+            if member == event_type.__name__ or event_class(member) is None:
+                return
+        elif isinstance(member, type) and issubclass(event_type, member):
+            return
+    shown = " | ".join(getattr(member, "__name__", str(member)) for member in members)
+    raise SubscriptionError(
+        f"{name} is for {shown}, but subscribed to {event_type.__name__}: it would get what it does not expect. "
+        f"Subscribe it to {shown}, or change its annotation"
+    )
+
+
+def handlers_of(handlers: object) -> list[tuple[type[DomainEvent], Callable[..., Any]]]:
+    """Each `handle` and `handle_…` method of an object with the event types of its annotation.
+
+    Raises `SubscriptionError` where there is none, or one does not say what it hears.
+    """
+    if isinstance(handlers, type):
+        raise SubscriptionError(f"register takes an instance: bus.register({handlers.__name__}(…))")
+    found: list[tuple[type[DomainEvent], Callable[..., Any]]] = []
+    for name in dir(type(handlers)):
+        if name != "handle" and not name.startswith("handle_"):
+            continue
+        method = getattr(handlers, name)
+        if not callable(method):
+            continue
+        parameters = list(inspect.signature(method).parameters.values())
+        hint = (
+            _hints(inspect.unwrap(getattr(method, "__func__", method))).get(parameters[0].name) if parameters else None
+        )
+        types_heard = [
+            resolved
+            for member in _members(hint)
+            if isinstance(resolved := event_class(member) if isinstance(member, str) else member, EventType)
+        ]
+        if not types_heard:
+            raise SubscriptionError(
+                f"{type(handlers).__name__}.{name} does not say which event it hears: annotate its first parameter, "
+                f"`async def {name}(self, event: OrderPlaced)`; rename it if it is no handler"
+            )
+        found.extend((typing.cast("type[DomainEvent]", heard), method) for heard in types_heard)
+    if not found:
+        raise SubscriptionError(
+            f"{type(handlers).__name__} has no handler: register looks for async methods named handle_… (or handle)"
+        )
+    return found
