@@ -1,0 +1,97 @@
+"""Domain events for asyncio services: published in your transaction, delivered whereupon it commits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from whereupon.bus import EventBusProtocol, Receipt
+from whereupon.codec import Codec, JsonCodec
+from whereupon.context import EventContext, Metadata, request_metadata
+from whereupon.errors import (
+    BusStateError,
+    DatabaseError,
+    DatabaseUnavailableError,
+    Discard,
+    DuplicateSubscriptionError,
+    EventDecodingError,
+    EventDefinitionError,
+    EventEncodingError,
+    ForeignSessionError,
+    HandlerSessionError,
+    HandlerTimeout,
+    LeaseLost,
+    PublishError,
+    RetryLater,
+    SchemaError,
+    SessionRequiredError,
+    SubscriptionError,
+    UnknownEventError,
+    UnsupportedDatabaseError,
+    WhereuponError,
+)
+from whereupon.event import DomainEvent, EventDefinition, NotSecret, Outcome
+from whereupon.logs import LoggingEventHandler
+from whereupon.memory import InMemoryEventBus
+from whereupon.subscription import Delivery, Retry, Subscription
+
+if TYPE_CHECKING:
+    from whereupon.audit import AuditEventHandler
+    from whereupon.durable import EventBus
+
+__all__ = [
+    "AuditEventHandler",
+    "BusStateError",
+    "Codec",
+    "DatabaseError",
+    "DatabaseUnavailableError",
+    "Delivery",
+    "Discard",
+    "DomainEvent",
+    "DuplicateSubscriptionError",
+    "EventBus",
+    "EventBusProtocol",
+    "EventContext",
+    "EventDecodingError",
+    "EventDefinition",
+    "EventDefinitionError",
+    "EventEncodingError",
+    "ForeignSessionError",
+    "HandlerSessionError",
+    "HandlerTimeout",
+    "InMemoryEventBus",
+    "JsonCodec",
+    "LeaseLost",
+    "LoggingEventHandler",
+    "Metadata",
+    "NotSecret",
+    "Outcome",
+    "PublishError",
+    "Receipt",
+    "Retry",
+    "RetryLater",
+    "SchemaError",
+    "SessionRequiredError",
+    "Subscription",
+    "SubscriptionError",
+    "UnknownEventError",
+    "UnsupportedDatabaseError",
+    "WhereuponError",
+    "request_metadata",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs SQLAlchemy when it is first asked for."""
+    if name == "EventBus":
+        from whereupon.durable import EventBus
+
+        return EventBus
+    if name == "AuditEventHandler":
+        from whereupon.audit import AuditEventHandler
+
+        return AuditEventHandler
+    raise AttributeError(f"module 'whereupon' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,347 @@
+"""Ties events to the SQL transaction that they are published in.
+
+Staged events live with the *connection*, not with the session: its savepoints, its commit and its rollback decide what
+becomes of them. So a session with a transaction of its own, one that joined a connection's transaction and one that joined
+by a savepoint all mean the same thing by "commit". Just before the outermost COMMIT each bus writes what was staged; once
+it is known to have happened, each bus is told.
+
+SQLAlchemy reports a commit before it happens, on the connection, and after it, on the session. For a session that does
+not own its transaction nobody reports the end; it is concluded when the connection is used or given back without an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Protocol
+from uuid import UUID
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from whereupon.context import Metadata, handling
+from whereupon.errors import HandlerSessionError, HandlerTimeout, PublishError
+from whereupon.subscription import Subscription
+
+_KEY = "whereupon"
+
+
+class Participant(Protocol):
+    """A bus, as the transaction sees it."""
+
+    def write_staged(self, connection: Connection, staged: list[Any]) -> None:
+        """Write into the transaction that commits next; an error makes that commit fail."""
+        ...
+
+    def committed(self, staged: list[Any], *, certain: bool) -> None:
+        """The transaction is over. Must not raise. `certain` is False where only the database knows how it ended."""
+        ...
+
+
+class _Phase(enum.Enum):
+    OPEN = enum.auto()
+    PREPARED = enum.auto()
+    COMMITTING = enum.auto()
+    OVER = enum.auto()
+
+
+class _Transaction:
+    """What is staged in one transaction of one connection."""
+
+    __slots__ = ("owned", "phase", "savepoints", "staged")
+
+    def __init__(self) -> None:
+        self.phase = _Phase.OPEN
+        self.staged: list[tuple[Participant, Any]] = []
+        self.savepoints: list[tuple[str, int]] = []
+        self.owned = False
+        """Whether a session that owns the transaction staged here, and so will tell when it is committed."""
+
+    def by_participant(self) -> list[tuple[Participant, list[Any]]]:
+        grouped: dict[int, tuple[Participant, list[Any]]] = {}
+        for participant, item in self.staged:
+            grouped.setdefault(id(participant), (participant, []))[1].append(item)
+        return list(grouped.values())
+
+    def write(self, connection: Connection) -> None:
+        for participant, items in self.by_participant():
+            participant.write_staged(connection, items)
+
+    def end(self, *, certain: bool) -> None:
+        self.phase = _Phase.OVER
+        for participant, items in self.by_participant():
+            participant.committed(items, certain=certain)
+
+
+def async_session(session: Any) -> AsyncSession:
+    """The AsyncSession that was meant. Raises `PublishError` for anything that is none."""
+    if isinstance(session, async_scoped_session):
+        session = session()
+    if isinstance(session, AsyncSession):
+        return session
+    if isinstance(session, (Session, scoped_session)):
+        raise PublishError(
+            "publish got a Session, which can't be awaited: call bus.stage(event, session=session), its sync form"
+        )
+    raise PublishError(
+        f"publish takes an AsyncSession of SQLAlchemy as session, not {type(session).__name__}: pass the session whose "
+        "transaction changes what the event tells of"
+    )
+
+
+def sync_session(session: Any) -> Session:
+    if isinstance(session, scoped_session):
+        session = session()
+    if isinstance(session, Session):
+        return session
+    if isinstance(session, (AsyncSession, async_scoped_session)):
+        raise PublishError("stage got an AsyncSession: await bus.publish(event, session=session) instead")
+    raise PublishError(f"stage takes a Session of SQLAlchemy as session, not {type(session).__name__}")
+
+
+def connection_of(session: Session) -> Connection:
+    """The session's connection, in a transaction, with that transaction watched. Runs in SQLAlchemy's greenlet."""
+    connection = session.connection()
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        raise PublishError(
+            "the session's connection is in AUTOCOMMIT: each statement commits by itself, so no event could commit "
+            "together with the change. Publish on a session of an engine with transactions"
+        )
+    watch(connection.engine)
+    if connection.dialect.name == "sqlite":
+        driver = connection.connection.dbapi_connection
+        # The sqlite3 module begins a transaction at the first write only: a SAVEPOINT before that would be the
+        # outermost transaction, and its RELEASE a commit.
+        if driver is not None and not getattr(driver, "driver_connection", driver).in_transaction:
+            connection.exec_driver_sql("BEGIN")
+    return connection
+
+
+def stage(session: Session, connection: Connection, participant: Participant, items: list[Any]) -> None:
+    """Stage `items` in the transaction that `connection` is in."""
+    transaction = _transaction_of(connection)
+    if transaction.phase is not _Phase.OPEN:
+        raise PublishError(
+            "the transaction is being committed: publish before the commit, or in a transaction after it"
+        )
+    transaction.staged.extend((participant, item) for item in items)
+    if not isinstance(session.get_bind(), Connection):
+        transaction.owned = True
+    open_transactions = session.info.setdefault(_KEY, [])
+    if transaction not in open_transactions:
+        open_transactions[:] = [one for one in open_transactions if one.phase is not _Phase.OVER]
+        open_transactions.append(transaction)
+
+
+def _transaction_of(connection: Connection) -> _Transaction:
+    transaction = connection.info.get(_KEY)
+    if transaction is None or transaction.phase is _Phase.OVER:
+        transaction = connection.info[_KEY] = _Transaction()
+    return transaction
+
+
+def _root(engine: Engine) -> Engine:
+    """The engine that all those made by `execution_options` share their events with."""
+    while (proxied := getattr(engine, "_proxied", None)) is not None:
+        engine = proxied
+    return engine
+
+
+def watch(engine: Engine) -> None:
+    """Have savepoints, commits and rollbacks on this engine reported; once per engine."""
+    engine = _root(engine)
+    if event.contains(engine, "commit", _commit):
+        return
+    event.listen(engine, "savepoint", _savepoint)
+    event.listen(engine, "rollback_savepoint", _rollback_savepoint)
+    event.listen(engine, "release_savepoint", _release_savepoint)
+    event.listen(engine, "begin", _begin)
+    event.listen(engine, "rollback", _rollback)
+    event.listen(engine, "prepare_twophase", _prepare_twophase)
+    event.listen(engine, "commit_twophase", _commit_twophase)
+    event.listen(engine, "rollback_twophase", _rollback_twophase)
+    event.listen(engine, "handle_error", _handle_error)
+    event.listen(engine, "checkin", _checkin)
+    event.listen(engine, "commit", _commit)
+
+
+def _savepoint(connection: Connection, name: str) -> None:
+    transaction = _transaction_of(connection)
+    transaction.savepoints.append((name, len(transaction.staged)))
+
+
+def _rollback_savepoint(connection: Connection, name: str, context: Any) -> None:
+    transaction = connection.info.get(_KEY)
+    if transaction is None:
+        return
+    known = [kept for kept, _ in transaction.savepoints]
+    # a savepoint older than our watching is older than anything staged, too
+    index = len(known) - 1 - known[::-1].index(name) if name in known else 0
+    del transaction.staged[transaction.savepoints[index][1] if name in known else 0 :]
+    del transaction.savepoints[index:]
+
+
+def _release_savepoint(connection: Connection, name: str, context: Any) -> None:
+    transaction = connection.info.get(_KEY)
+    if transaction is not None:
+        known = [kept for kept, _ in transaction.savepoints]
+        if name in known:
+            del transaction.savepoints[len(known) - 1 - known[::-1].index(name) :]
+
+
+def _commit(connection: Connection) -> None:
+    transaction = connection.info.get(_KEY)
+    if transaction is not None and transaction.phase is _Phase.OPEN:
+        if transaction.staged:
+            transaction.write(connection)
+        transaction.phase = _Phase.COMMITTING
+
+
+def _prepare_twophase(connection: Connection, xid: Any) -> None:
+    transaction = connection.info.get(_KEY)
+    if transaction is not None and transaction.phase is _Phase.OPEN:
+        transaction.write(connection)
+        transaction.phase = _Phase.PREPARED
+
+
+def _commit_twophase(connection: Connection, xid: Any, is_prepared: bool) -> None:
+    transaction = connection.info.get(_KEY)
+    if transaction is None:
+        return
+    if not is_prepared and transaction.phase is _Phase.OPEN:
+        transaction.write(connection)
+    transaction.phase = _Phase.COMMITTING
+
+
+def _rollback_twophase(connection: Connection, xid: Any, is_prepared: bool) -> None:
+    _rollback(connection)
+
+
+def _rollback(connection: Connection) -> None:
+    transaction = connection.info.pop(_KEY, None)
+    if transaction is not None:
+        transaction.phase = _Phase.OVER
+
+
+def _begin(connection: Connection) -> None:
+    _conclude(connection.info)
+
+
+def _checkin(dbapi_connection: Any, record: ConnectionPoolEntry | PoolProxiedConnection) -> None:
+    _conclude(record.info)
+
+
+def _conclude(info: dict[Any, Any]) -> None:
+    """The connection is free again: a commit begun on it and not known to have failed has happened."""
+    transaction = info.pop(_KEY, None)
+    if transaction is None or transaction.phase is _Phase.OVER:
+        return
+    if transaction.phase is _Phase.COMMITTING:
+        # a session that owned it would have told: its commit was interrupted, and only the database knows
+        transaction.end(certain=not transaction.owned)
+    transaction.phase = _Phase.OVER
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    if context.connection is None:
+        return
+    try:
+        info = context.connection.info
+    except Exception:
+        return  # an invalidated connection has lost its info, and what was staged with it
+    transaction = info.get(_KEY)
+    if transaction is not None and transaction.phase is _Phase.COMMITTING:
+        info.pop(_KEY)
+        transaction.end(certain=False)
+
+
+@event.listens_for(Session, "after_commit")
+def _after_commit(session: Session) -> None:
+    transactions = session.info.get(_KEY)
+    if not transactions:
+        return
+    for transaction in [one for one in transactions if one.phase is _Phase.COMMITTING]:
+        transactions.remove(transaction)
+        transaction.end(certain=True)
+
+
+_ENDING = ("commit", "rollback", "close", "reset", "invalidate", "prepare")
+
+
+@contextlib.contextmanager
+def handed_out(session: AsyncSession, handler: str) -> Iterator[None]:
+    """While a handler has this session, ending its transaction raises `HandlerSessionError`."""
+
+    def refusing(verb: str) -> Any:
+        def refuse(*_: object, **__: object) -> Any:
+            raise HandlerSessionError(
+                f"{handler} called session.{verb}(), but the transaction is not its own: whereupon commits what the "
+                "handler wrote together with the record that it ran. Just return; raise to have it rolled back"
+            )
+
+        return refuse
+
+    parts = (session, session.sync_session)
+    for part in parts:
+        for verb in _ENDING:
+            if hasattr(type(part), verb):
+                part.__dict__[verb] = refusing(verb)
+    try:
+        yield
+    finally:
+        for part in parts:
+            for verb in _ENDING:
+                part.__dict__.pop(verb, None)
+
+
+@contextlib.asynccontextmanager
+async def own_session(engine: Engine) -> AsyncIterator[AsyncSession]:
+    """A session for one delivery, on an engine with an async driver."""
+    async with AsyncSession(AsyncEngine(engine), expire_on_commit=False) as session:
+        yield session
+
+
+async def run_inside(
+    session: AsyncSession,
+    subscription: Subscription,
+    call: Callable[[], Awaitable[None]],
+    handled: tuple[UUID, Metadata],
+) -> Exception | CancelledError | None:
+    """Run a handler in a savepoint of the publisher's transaction; return what it raised, with its writes rolled back.
+
+    The caller has flushed: whatever fails in here is the handler's. A cancellation of the publisher passes through.
+    """
+    task = asyncio.current_task()
+    cancelling = task.cancelling() if task is not None else 0
+    savepoint = await session.begin_nested()
+    limit = asyncio.timeout(subscription.timeout)
+    token = handling.set(handled)
+    failure: Exception | CancelledError
+    try:
+        with handed_out(session, subscription.name):
+            async with limit:
+                await call()
+        await savepoint.commit()
+    except CancelledError as error:
+        if task is not None and task.cancelling() > cancelling:
+            raise
+        failure = error
+    except TimeoutError as error:
+        failure = error
+        if limit.expired():
+            failure = HandlerTimeout(f"it ran longer than its {subscription.timeout:g} s and was cancelled")
+    except Exception as error:
+        failure = error
+    else:
+        return None
+    finally:
+        handling.reset(token)
+    if savepoint.is_active:
+        await savepoint.rollback()
+    return failure
