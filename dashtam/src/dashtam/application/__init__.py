@@ -1,0 +1,1 @@
+"""What Dashtam does, and what follows from it. Knows what it needs of the outside as protocols, not who provides it."""
