@@ -1,0 +1,1 @@
+"""Alembic migrations of whereupon's tables; `whereupon.schema` runs them."""

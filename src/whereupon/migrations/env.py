@@ -1,0 +1,8 @@
+"""Runs the migrations on the connection that `whereupon.schema` hands over."""
+
+from alembic import context
+
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, version_table=context.config.attributes["version_table"])
+with context.begin_transaction():
+    context.run_migrations()

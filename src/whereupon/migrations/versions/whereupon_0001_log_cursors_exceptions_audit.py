@@ -1,0 +1,245 @@
+"""The log, the cursors over it, exceptions, history and the audit trail."""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "whereupon_0001"
+down_revision = None
+branch_labels = ("whereupon",)
+depends_on = None
+
+# One statement between two empty lines: drivers take them one at a time.
+_POSTGRESQL = """
+CREATE TABLE whereupon_meta (key varchar(50) PRIMARY KEY, value text NOT NULL);
+
+CREATE TABLE whereupon_log (
+    position bigint GENERATED ALWAYS AS IDENTITY (CACHE 1) PRIMARY KEY,
+    tx_id xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    event_id uuid NOT NULL,
+    type text NOT NULL,
+    version integer NOT NULL,
+    payload bytea NOT NULL,
+    headers text NOT NULL,
+    ran jsonb,
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE INDEX whereupon_log_tx_id ON whereupon_log (tx_id, position);
+
+CREATE INDEX whereupon_log_event_id ON whereupon_log (event_id);
+
+CREATE TABLE whereupon_cursor (
+    subscription text NOT NULL,
+    lane smallint NOT NULL,
+    snapshot pg_snapshot NOT NULL,
+    target pg_snapshot,
+    page bigint NOT NULL DEFAULT 0,
+    done bigint[] NOT NULL DEFAULT '{}',
+    owner uuid,
+    lease_until timestamptz,
+    token bigint NOT NULL DEFAULT 0,
+    paused boolean NOT NULL DEFAULT false,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (subscription, lane)
+) WITH (fillfactor = 25, autovacuum_vacuum_threshold = 50, autovacuum_vacuum_scale_factor = 0);
+
+CREATE TABLE whereupon_exception (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    subscription text NOT NULL,
+    lane smallint NOT NULL,
+    position bigint NOT NULL,
+    event_id uuid NOT NULL,
+    type text NOT NULL,
+    version integer NOT NULL,
+    payload bytea NOT NULL,
+    headers text NOT NULL,
+    state varchar(20) NOT NULL,
+    attempts integer NOT NULL,
+    next_at timestamptz,
+    error_type text,
+    error_message text,
+    traceback text,
+    recorded_at timestamptz NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    UNIQUE (subscription, position)
+);
+
+CREATE INDEX whereupon_exception_due ON whereupon_exception (subscription, next_at) WHERE next_at IS NOT NULL;
+
+CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
+
+CREATE TABLE whereupon_history (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    subscription text NOT NULL,
+    worker uuid NOT NULL,
+    first_position bigint NOT NULL,
+    last_position bigint NOT NULL,
+    entries text NOT NULL,
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE INDEX whereupon_history_positions ON whereupon_history (subscription, first_position, last_position);
+
+CREATE INDEX whereupon_history_recorded_at ON whereupon_history (recorded_at);
+
+CREATE TABLE whereupon_audit (
+    id uuid PRIMARY KEY,
+    event_id uuid NOT NULL,
+    event_type text NOT NULL,
+    action text NOT NULL,
+    category text,
+    outcome text NOT NULL,
+    user_id uuid,
+    resource_type text,
+    resource_id text,
+    context json NOT NULL,
+    actor text,
+    ip_address text,
+    user_agent text,
+    correlation_id uuid,
+    occurred_at timestamptz NOT NULL,
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE INDEX whereupon_audit_user_id ON whereupon_audit (user_id, occurred_at);
+
+CREATE INDEX whereupon_audit_action ON whereupon_audit (action, occurred_at);
+
+CREATE UNIQUE INDEX whereupon_audit_event_id ON whereupon_audit (event_id);
+
+CREATE FUNCTION whereupon_audit_refuses() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'whereupon_audit is append-only: % refused', TG_OP;
+END $$;
+
+CREATE TRIGGER whereupon_audit_no_change BEFORE UPDATE OR DELETE ON whereupon_audit
+    FOR EACH ROW EXECUTE FUNCTION whereupon_audit_refuses();
+
+CREATE TRIGGER whereupon_audit_no_truncate BEFORE TRUNCATE ON whereupon_audit
+    FOR EACH STATEMENT EXECUTE FUNCTION whereupon_audit_refuses();
+
+INSERT INTO whereupon_meta (key, value) VALUES ('revision', '1'), ('database_id', gen_random_uuid()::text);
+"""
+
+_SQLITE = """
+CREATE TABLE whereupon_meta (key VARCHAR(50) PRIMARY KEY, value TEXT NOT NULL);
+
+CREATE TABLE whereupon_log (
+    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id CHAR(32) NOT NULL,
+    type TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    payload BLOB NOT NULL,
+    headers TEXT NOT NULL,
+    ran JSON,
+    recorded_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
+);
+
+CREATE INDEX whereupon_log_event_id ON whereupon_log (event_id);
+
+CREATE TABLE whereupon_cursor (
+    subscription TEXT NOT NULL,
+    lane SMALLINT NOT NULL,
+    page INTEGER NOT NULL,
+    done TEXT NOT NULL DEFAULT '[]',
+    owner CHAR(32),
+    lease_until DATETIME,
+    token INTEGER NOT NULL DEFAULT 0,
+    paused BOOLEAN NOT NULL DEFAULT 0,
+    created_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    PRIMARY KEY (subscription, lane)
+);
+
+CREATE TABLE whereupon_exception (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    subscription TEXT NOT NULL,
+    lane SMALLINT NOT NULL,
+    position INTEGER NOT NULL,
+    event_id CHAR(32) NOT NULL,
+    type TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    payload BLOB NOT NULL,
+    headers TEXT NOT NULL,
+    state VARCHAR(20) NOT NULL,
+    attempts INTEGER NOT NULL,
+    next_at DATETIME,
+    error_type TEXT,
+    error_message TEXT,
+    traceback TEXT,
+    recorded_at DATETIME NOT NULL,
+    updated_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    UNIQUE (subscription, position)
+);
+
+CREATE INDEX whereupon_exception_due ON whereupon_exception (subscription, next_at) WHERE next_at IS NOT NULL;
+
+CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
+
+CREATE TABLE whereupon_history (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    subscription TEXT NOT NULL,
+    worker CHAR(32) NOT NULL,
+    first_position INTEGER NOT NULL,
+    last_position INTEGER NOT NULL,
+    entries TEXT NOT NULL,
+    recorded_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
+);
+
+CREATE INDEX whereupon_history_positions ON whereupon_history (subscription, first_position, last_position);
+
+CREATE INDEX whereupon_history_recorded_at ON whereupon_history (recorded_at);
+
+CREATE TABLE whereupon_audit (
+    id CHAR(32) PRIMARY KEY,
+    event_id CHAR(32) NOT NULL,
+    event_type TEXT NOT NULL,
+    action TEXT NOT NULL,
+    category TEXT,
+    outcome TEXT NOT NULL,
+    user_id CHAR(32),
+    resource_type TEXT,
+    resource_id TEXT,
+    context JSON NOT NULL,
+    actor TEXT,
+    ip_address TEXT,
+    user_agent TEXT,
+    correlation_id CHAR(32),
+    occurred_at DATETIME NOT NULL,
+    recorded_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
+);
+
+CREATE INDEX whereupon_audit_user_id ON whereupon_audit (user_id, occurred_at);
+
+CREATE INDEX whereupon_audit_action ON whereupon_audit (action, occurred_at);
+
+CREATE UNIQUE INDEX whereupon_audit_event_id ON whereupon_audit (event_id);
+
+CREATE TRIGGER whereupon_audit_no_update BEFORE UPDATE ON whereupon_audit BEGIN
+    SELECT RAISE(ABORT, 'whereupon_audit is append-only: UPDATE refused'); END;
+
+CREATE TRIGGER whereupon_audit_no_delete BEFORE DELETE ON whereupon_audit BEGIN
+    SELECT RAISE(ABORT, 'whereupon_audit is append-only: DELETE refused'); END;
+
+INSERT INTO whereupon_meta (key, value) VALUES ('revision', '1'), ('database_id', lower(hex(randomblob(16))));
+"""
+
+
+def upgrade() -> None:
+    connection = op.get_bind()
+    if connection.dialect.name == "postgresql":
+        script = _POSTGRESQL
+    elif connection.dialect.name == "sqlite":
+        script = _SQLITE
+    else:
+        raise NotImplementedError(f"whereupon has tables for PostgreSQL and SQLite, not for {connection.dialect.name}")
+    for statement in script.strip().split("\n\n"):
+        connection.exec_driver_sql(statement)
+
+
+def downgrade() -> None:
+    connection = op.get_bind()
+    for table in ("audit", "history", "exception", "cursor", "log", "meta"):
+        op.drop_table(f"whereupon_{table}")
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("DROP FUNCTION whereupon_audit_refuses()")

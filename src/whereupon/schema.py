@@ -1,0 +1,221 @@
+"""whereupon's tables, and how they come into a database.
+
+`whereupon db upgrade` runs the migrations in a history of their own (table `whereupon_version`). An application with an
+Alembic history can have them in its own instead: `version_locations = ./versions <version_location()>`, then
+`alembic upgrade heads`. Both leave the same tables and the same number in `whereupon_meta`.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    DateTime,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    Uuid,
+    inspect,
+    select,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.types import TypeDecorator
+
+from whereupon.errors import SchemaError
+
+REVISION: Final = 1
+"""The number that this build's migrations leave in `whereupon_meta`."""
+
+_VERSION_TABLE: Final = "whereupon_version"
+
+metadata: Final = MetaData()
+"""Describes the tables for queries; migrations make them. Exclude it from autogenerate, or add it to `target_metadata`."""
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """Aware UTC times on every database; SQLite, which has no time zones, keeps them as UTC text."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+_Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+_Big = BigInteger().with_variant(Integer, "sqlite")
+
+meta = Table(
+    "whereupon_meta", metadata, Column("key", String(50), primary_key=True), Column("value", Text, nullable=False)
+)
+
+log = Table(
+    "whereupon_log",
+    metadata,
+    Column("position", _Big, primary_key=True),
+    Column("event_id", Uuid, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("headers", Text, nullable=False),
+    Column("ran", _Json),
+    Column("recorded_at", UTCDateTime, nullable=False),
+)
+
+cursor = Table(
+    "whereupon_cursor",
+    metadata,
+    Column("subscription", Text, primary_key=True),
+    Column("lane", SmallInteger, primary_key=True),
+    Column("page", _Big, nullable=False),
+    Column("owner", Uuid),
+    Column("lease_until", UTCDateTime),
+    Column("token", _Big, nullable=False),
+    Column("paused", Boolean, nullable=False),
+    Column("created_at", UTCDateTime, nullable=False),
+)
+
+exception = Table(
+    "whereupon_exception",
+    metadata,
+    Column("id", _Big, primary_key=True),
+    Column("subscription", Text, nullable=False),
+    Column("lane", SmallInteger, nullable=False),
+    Column("position", _Big, nullable=False),
+    Column("event_id", Uuid, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("headers", Text, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", UTCDateTime),
+    Column("error_type", Text),
+    Column("error_message", Text),
+    Column("traceback", Text),
+    Column("recorded_at", UTCDateTime, nullable=False),
+    Column("updated_at", UTCDateTime, nullable=False),
+)
+
+history = Table(
+    "whereupon_history",
+    metadata,
+    Column("id", _Big, primary_key=True),
+    Column("subscription", Text, nullable=False),
+    Column("worker", Uuid, nullable=False),
+    Column("first_position", _Big, nullable=False),
+    Column("last_position", _Big, nullable=False),
+    Column("entries", Text, nullable=False),
+    Column("recorded_at", UTCDateTime, nullable=False),
+)
+
+audit_log = Table(
+    "whereupon_audit",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("event_id", Uuid, nullable=False),
+    Column("event_type", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("category", Text),
+    Column("outcome", Text, nullable=False),
+    Column("user_id", Uuid),
+    Column("resource_type", Text),
+    Column("resource_id", Text),
+    Column("context", JSON, nullable=False),
+    Column("actor", Text),
+    Column("ip_address", Text),
+    Column("user_agent", Text),
+    Column("correlation_id", Uuid),
+    Column("occurred_at", UTCDateTime, nullable=False),
+    Column("recorded_at", UTCDateTime, nullable=False),
+)
+
+
+def version_location() -> str:
+    """The folder of the migrations, for `version_locations` of an Alembic configuration (branch label `whereupon`)."""
+    return str(importlib.resources.files("whereupon") / "migrations" / "versions")
+
+
+async def upgrade(engine: AsyncEngine) -> None:
+    """Create the tables, or bring them up to this build; nothing happens if they are. Raises `SchemaError`."""
+    async with engine.begin() as connection:
+        await connection.run_sync(upgrade_on)
+
+
+def upgrade_on(connection: Connection) -> None:
+    """As `upgrade`, in the caller's transaction."""
+    from alembic import command
+    from alembic.config import Config
+
+    inspector = inspect(connection)
+    if inspector.has_table("whereupon_meta") and not inspector.has_table(_VERSION_TABLE):
+        if revision_of(connection) == REVISION:
+            return
+        raise SchemaError(
+            "whereupon's tables were made by the Alembic history of an application, so that one has to upgrade them: "
+            "run `alembic upgrade heads` there"
+        )
+    config = Config()
+    config.set_main_option("script_location", str(importlib.resources.files("whereupon") / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    config.attributes["version_table"] = _VERSION_TABLE
+    command.upgrade(config, "head")
+
+
+def revision_of(connection: Connection) -> int | None:
+    """The revision of the tables in this database, or None where there are none."""
+    if not inspect(connection).has_table("whereupon_meta"):
+        return None
+    value = connection.execute(select(meta.c.value).where(meta.c.key == "revision")).scalar()
+    return int(value) if value is not None else None
+
+
+def check_revision(revision: int | None, shown_url: str) -> None:
+    """Raises `SchemaError` with the command to run unless the tables are of this build's revision."""
+    if revision is None:
+        raise SchemaError(
+            f"{shown_url} has no whereupon tables. Run `whereupon db upgrade --url …` (or module:bus) once"
+        )
+    if revision < REVISION:
+        raise SchemaError(
+            f"{shown_url} has whereupon tables of revision {revision}, and this build needs {REVISION}. "
+            "Run `whereupon db upgrade`"
+        )
+    if revision > REVISION:
+        raise SchemaError(
+            f"{shown_url} has whereupon tables of revision {revision}, and this build knows {REVISION}: it is older than "
+            "they are. Install the newer whereupon here"
+        )
+
+
+def without_nul(value: Any) -> Any:
+    """Text as PostgreSQL can keep it: without NUL characters."""
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd")
+    if isinstance(value, dict):
+        return {without_nul(key): without_nul(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nul(item) for item in value]
+    return value
