@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import weakref
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, event
@@ -59,9 +60,16 @@ class _Transaction:
     def __init__(self) -> None:
         self.phase = _Phase.OPEN
         self.staged: list[tuple[Participant, Any]] = []
-        self.savepoints: list[tuple[str, int]] = []
+        self.savepoints: dict[str, int] = {}
+        """Open savepoints, in the order they were made, and how much was staged by then."""
         self.owned = False
         """Whether a session that owns the transaction staged here, and so will tell when it is committed."""
+
+    def forget_savepoint(self, name: str) -> None:
+        """It is released or rolled back, and with it those made after it."""
+        names = list(self.savepoints)
+        for later in names[names.index(name) :] if name in self.savepoints else ():
+            del self.savepoints[later]
 
     def by_participant(self) -> list[tuple[Participant, list[Any]]]:
         grouped: dict[int, tuple[Participant, list[Any]]] = {}
@@ -146,7 +154,7 @@ def _transaction_of(connection: Connection) -> _Transaction:
     return transaction
 
 
-def _root(engine: Engine) -> Engine:
+def root_of(engine: Engine) -> Engine:
     """The engine that all those made by `execution_options` share their events with."""
     while (proxied := getattr(engine, "_proxied", None)) is not None:
         engine = proxied
@@ -155,7 +163,7 @@ def _root(engine: Engine) -> Engine:
 
 def watch(engine: Engine) -> None:
     """Have savepoints, commits and rollbacks on this engine reported; once per engine."""
-    engine = _root(engine)
+    engine = root_of(engine)
     if event.contains(engine, "commit", _commit):
         return
     event.listen(engine, "savepoint", _savepoint)
@@ -171,28 +179,25 @@ def watch(engine: Engine) -> None:
     event.listen(engine, "commit", _commit)
 
 
-def _savepoint(connection: Connection, name: str) -> None:
+def _savepoint(connection: Connection, name: str | None) -> None:
     transaction = _transaction_of(connection)
-    transaction.savepoints.append((name, len(transaction.staged)))
+    if name is None:  # reported before SQLAlchemy has named it, after the number that it takes next
+        name = f"sa_savepoint_{connection._Connection__savepoint_seq + 1}"  # type: ignore[attr-defined]
+    transaction.savepoints[name] = len(transaction.staged)
 
 
 def _rollback_savepoint(connection: Connection, name: str, context: Any) -> None:
     transaction = connection.info.get(_KEY)
-    if transaction is None:
-        return
-    known = [kept for kept, _ in transaction.savepoints]
-    # a savepoint older than our watching is older than anything staged, too
-    index = len(known) - 1 - known[::-1].index(name) if name in known else 0
-    del transaction.staged[transaction.savepoints[index][1] if name in known else 0 :]
-    del transaction.savepoints[index:]
+    if transaction is not None:
+        # a savepoint older than our watching is older than anything staged, too
+        del transaction.staged[transaction.savepoints.get(name, 0) :]
+        transaction.forget_savepoint(name)
 
 
 def _release_savepoint(connection: Connection, name: str, context: Any) -> None:
     transaction = connection.info.get(_KEY)
     if transaction is not None:
-        known = [kept for kept, _ in transaction.savepoints]
-        if name in known:
-            del transaction.savepoints[len(known) - 1 - known[::-1].index(name) :]
+        transaction.forget_savepoint(name)
 
 
 def _commit(connection: Connection) -> None:
@@ -231,10 +236,57 @@ def _rollback(connection: Connection) -> None:
 
 def _begin(connection: Connection) -> None:
     _conclude(connection.info)
+    if connection.dialect.name == "sqlite":
+        _note_writer(connection)
 
 
 def _checkin(dbapi_connection: Any, record: ConnectionPoolEntry | PoolProxiedConnection) -> None:
     _conclude(record.info)
+
+
+class _Writer(NamedTuple):
+    """A connection that a task began a transaction on, and how many rows it had changed by then."""
+
+    engine: weakref.ref[Engine]
+    driver: weakref.ref[Any]
+    changes: int
+
+
+_writers: weakref.WeakKeyDictionary[asyncio.Task[Any], list[_Writer]] = weakref.WeakKeyDictionary()
+
+
+def _note_writer(connection: Connection) -> None:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return
+    driver = getattr(connection.connection, "driver_connection", None)
+    if task is None or driver is None:
+        return
+    noted = [writer for writer in _writers.get(task, ()) if _is_open(writer)]
+    noted.append(_Writer(weakref.ref(root_of(connection.engine)), weakref.ref(driver), driver.total_changes))
+    _writers[task] = noted
+
+
+def _is_open(writer: _Writer) -> bool:
+    driver = writer.driver()
+    try:
+        return driver is not None and driver.in_transaction
+    except ValueError:  # it was closed
+        return False
+
+
+def task_is_writing(engine: Engine) -> bool:
+    """Whether the current task holds SQLite's write lock, in an open transaction on this engine."""
+    task = asyncio.current_task()
+    if task is None:
+        return False
+    for writer in _writers.get(task, ()):
+        driver = writer.driver()
+        if driver is not None and writer.engine() is root_of(engine) and _is_open(writer):
+            if driver.total_changes != writer.changes:
+                return True
+    return False
 
 
 def _conclude(info: dict[Any, Any]) -> None:
