@@ -1,0 +1,640 @@
+"""The durable bus: events are stored in the transaction they tell of, and delivered from there."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import tempfile
+import weakref
+from asyncio import AbstractEventLoop
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from uuid import UUID
+
+from sqlalchemy import URL, Connection, Engine, inspect, make_url, select
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import StaticPool
+
+from whereupon import _staging, schema
+from whereupon._dispatch import Call, Runner, Seat
+from whereupon._postgres import PostgresStore
+from whereupon._sqlite import SQLiteStore, configure
+from whereupon.bus import Subscribing
+from whereupon.codec import Codec, JsonCodec
+from whereupon.context import EventContext, Metadata, encode_metadata, handling, metadata_for
+from whereupon.errors import (
+    BusStateError,
+    ForeignSessionError,
+    PublishError,
+    SessionRequiredError,
+    UnsupportedDatabaseError,
+)
+from whereupon.event import DomainEvent, event_class
+from whereupon.memory import session_required
+from whereupon.store import DEAD, OPEN, RETRYING, DeliveryState, Failure, Record, Row, Store
+from whereupon.subscription import Delivery, Subscription
+from whereupon.worker import Worker
+
+_DRIVERS: Final = {
+    "sqlite": ("sqlite+aiosqlite:///app.db", "whereupon[sqlite]"),
+    "postgresql": ("postgresql+asyncpg://user@host/database", "whereupon[postgres]"),
+}
+
+
+@dataclass(eq=False, slots=True)
+class _Staged:
+    """An event in a transaction that has not ended."""
+
+    event: DomainEvent
+    metadata: Metadata
+    payload: bytes
+    context: Context
+    ran: list[str] = field(default_factory=list)
+    failures: list[tuple[Subscription, BaseException]] = field(default_factory=list)
+
+
+class DurableReceipt:
+    """What `publish` on an `EventBus` returns."""
+
+    def __init__(self, bus: EventBus, events: tuple[DomainEvent, ...]) -> None:
+        self._bus = bus
+        self.events = events
+
+    async def settled(self, timeout: float | None = 30.0) -> None:
+        """Wait until every subscription has settled these events: succeeded, dead or skipped.
+
+        Call it after the commit; it sees events that any process delivers. Raises `TimeoutError` after `timeout` seconds,
+        naming what is still open.
+        """
+        await self._bus.wait_settled([event.event_id for event in self.events], timeout)
+
+
+class EventBus(Subscribing):
+    """Publishes events in the transaction of the change they tell of, and delivers them until each is settled.
+
+    `database` is the URL of the application's database (`sqlite+aiosqlite:///app.db`, `postgresql+asyncpg://…`) or its
+    `AsyncEngine`. `async with bus` creates SQLite's tables, registers the subscriptions and, unless `deliver` is False,
+    runs a worker in this process. `in_flight` caps the calls that a crash could repeat; a dead worker's deliveries are free
+    after `lease` seconds; `poll_interval` is how long an event of another process may go unnoticed, in seconds;
+    `drain_timeout` how long leaving the block waits for handlers. `create_tables` None means: on SQLite only.
+
+    A bus belongs to the event loop that it is entered on. An engine given to it stays the caller's to dispose of.
+    """
+
+    def __init__(
+        self,
+        database: str | URL | AsyncEngine,
+        *,
+        logger: Any = None,
+        codec: Codec | None = None,
+        deliver: bool = True,
+        in_flight: int = 100,
+        lease: float = 30.0,
+        poll_interval: float | None = None,
+        drain_timeout: float = 10.0,
+        create_tables: bool | None = None,
+    ) -> None:
+        super().__init__(logger)
+        self.engine, self._owns_engine = _engine_of(database)
+        sqlite = self.engine.dialect.name == "sqlite"
+        self._store: Store = SQLiteStore(self.engine) if sqlite else PostgresStore(self.engine)
+        self._codec: Codec = codec if codec is not None else JsonCodec()
+        self._deliver = deliver
+        for name, value in (("in_flight", in_flight), ("lease", lease), ("drain_timeout", drain_timeout)):
+            if value < (1 if name != "drain_timeout" else 0):
+                raise ValueError(f"EventBus({name}={value}): it is at least 1")
+        self._in_flight = in_flight
+        self._lease = lease
+        self._poll_interval = poll_interval if poll_interval is not None else 0.1 if sqlite else 0.5
+        self._drain_timeout = drain_timeout
+        self._create_tables = sqlite if create_tables is None else create_tables
+        self._registered: set[str] = set()
+        self._prepared = False
+        self._preparing: asyncio.Lock | None = None
+        self._loop: AbstractEventLoop | None = None
+        self._worker: Worker | None = None
+        self._runner = Runner()
+        self._scheduled = 0
+        self._entered = False
+        self._own_transactions = False
+        self._known_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+        _staging.watch(self.engine.sync_engine)
+
+    def __repr__(self) -> str:
+        return f"<EventBus {self._store.shown_url} with {len(self.subscriptions)} subscriptions>"
+
+    # --- publishing -------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        *events: DomainEvent,
+        session: Any = None,
+        metadata: Metadata | Mapping[str, Any] | None = None,
+    ) -> DurableReceipt:
+        """Stage events in the transaction of `session`: they exist if it commits, and handlers run after that.
+
+        Without a session only events that stand alone (*Attempted*, *Failed*) are published, in a transaction of their own
+        that is committed on return. Raises `SessionRequiredError`, `EventEncodingError` or another `PublishError` before
+        anything is staged or run; errors of required IN_TRANSACTION handlers pass through.
+        """
+        self._check_events(events)
+        for event in events:
+            self._know(type(event))
+        if session is None:
+            self._check_alone(events)
+            self._check_loop()
+            self._refuse_deadlock()
+            async with AsyncSession(self.engine, expire_on_commit=False) as own, own.begin():
+                return await self._stage_async(events, own, metadata)
+        owner = _staging.async_session(session)
+        self._check_loop()
+        return await self._stage_async(events, owner, metadata)
+
+    def stage(self, *events: DomainEvent, session: Any, metadata: Metadata | Mapping[str, Any] | None = None) -> None:
+        """The sync form of `publish`, for a `Session`: no handler runs in the transaction, all are served from the log.
+
+        The bus must have been entered, or have published, before: this can't register subscriptions. Raises `PublishError`
+        if an IN_TRANSACTION handler is required.
+        """
+        self._check_events(events)
+        owner = _staging.sync_session(session)
+        if not self._is_ready():
+            raise BusStateError("stage needs a bus that has been started: enter it once with `async with bus`")
+        staged = []
+        for event in events:
+            self._know(type(event))
+            hearing = self.subscriptions.hearing(type(event))
+            for subscription in hearing:
+                if subscription.required and subscription.recorder is None:
+                    raise PublishError(
+                        f"{subscription.name} is required in the transaction of {type(event).__name__}, but async, and "
+                        "stage can't await it: publish on an AsyncSession"
+                    )
+            if self._loop is None and any(s.delivery is Delivery.AFTER_COMMIT for s in hearing):
+                raise BusStateError("AFTER_COMMIT handlers run on the loop of a bus that is entered: enter it first")
+            staged.append(self._staged(event, metadata_for(metadata)))
+        connection = _staging.connection_of(owner)
+        self._check_database(connection)
+        _staging.stage(owner, connection, self, staged)
+
+    def _check_alone(self, events: tuple[DomainEvent, ...]) -> None:
+        for event in events:
+            if type(event).__event__.stands_alone or self._own_transactions:
+                continue
+            hearing = self.subscriptions.hearing(type(event))
+            first = next((s for s in hearing if s.delivery is Delivery.IN_TRANSACTION), None)
+            first = first or next((s for s in hearing if s.session_parameter is not None), None)
+            if first is None:
+                name = type(event).__name__
+                raise SessionRequiredError(
+                    f"EventBus requires a database session: publish {name} with the session of the change it tells of, "
+                    f"`await bus.publish({name}(…), session=session)`, so that both commit or neither does. An event that "
+                    f"tells of no change may stand alone: class {name}(DomainEvent, stands_alone=True)"
+                )
+            raise SessionRequiredError(session_required(first, event))
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is None or (self._loop.is_closed() and not self._entered):
+            if self._loop is not None and self._owns_engine:
+                # connections of a closed loop can't be used, nor closed: a new pool leaves them to the garbage collector
+                self.engine.sync_engine.dispose(close=False)
+            self._loop, self._preparing = loop, asyncio.Lock()
+        elif self._loop is not loop:
+            raise BusStateError(
+                "this bus is used on another event loop than it belongs to, and so are its connections: make one bus per "
+                "loop, or leave `async with bus` (or await bus.close()) before the first loop ends"
+            )
+
+    def _refuse_deadlock(self) -> None:
+        if self.engine.dialect.name == "sqlite" and _staging.task_is_writing(self.engine.sync_engine):
+            raise PublishError(
+                "this task holds SQLite's only write lock, in a transaction that is still open: publishing without its "
+                "session would wait for that for ever. Pass session=session, or publish before or after the transaction"
+            )
+
+    def _is_ready(self) -> bool:
+        return self._prepared and all(s.name in self._registered for s in self.subscriptions)
+
+    async def _ready(self) -> None:
+        """Tables and subscriptions exist, committed, before the first event does."""
+        if self._is_ready():
+            return
+        assert self._preparing is not None
+        async with self._preparing:
+            if self._is_ready():
+                return
+            if self.engine.dialect.name == "sqlite" and _staging.task_is_writing(self.engine.sync_engine):
+                raise BusStateError(
+                    "the bus must register its subscriptions, but this task holds SQLite's only write lock. Start the bus "
+                    "at the start of the program: `async with bus` (with EventBus(…, deliver=False) it only publishes)"
+                )
+            if not self._prepared:
+                await self._store.prepare(create=self._create_tables)
+                self._prepared = True
+            names = {s.name for s in self.subscriptions if s.delivery is not Delivery.AFTER_COMMIT}
+            if names - self._registered:
+                await self._store.register([s for s in self.subscriptions if s.name in names])
+            self._registered = {s.name for s in self.subscriptions}
+
+    def _staged(self, event: DomainEvent, metadata: Metadata) -> _Staged:
+        context = copy_context()
+        context.run(handling.set, (event.event_id, metadata))
+        return _Staged(event, metadata, self._codec.encode(event), context)
+
+    async def _stage_async(
+        self, events: tuple[DomainEvent, ...], session: AsyncSession, metadata: Metadata | Mapping[str, Any] | None
+    ) -> DurableReceipt:
+        given = metadata_for(metadata)
+        staged = [self._staged(event, given) for event in events]
+        await self._ready()
+        connection = await session.run_sync(self._connect)
+        for item in staged:
+            inside = [
+                s
+                for s in self.subscriptions.hearing(type(item.event))
+                if s.delivery is Delivery.IN_TRANSACTION and s.recorder is None
+            ]
+            if inside:
+                await session.flush()  # an error of the publisher's own must not pass for a handler's
+            for subscription in inside:
+                context = self._context(subscription, item.event, given)
+                call = partial(subscription.call, item.event, context, session)
+                error = await _staging.run_inside(session, subscription, call, (item.event.event_id, given))
+                if error is None:
+                    item.ran.append(subscription.name)
+                elif subscription.required:
+                    raise error
+                else:
+                    self._report(subscription, item.event, error)
+                    item.failures.append((subscription, error))
+            # staged one by one: what a handler of the next event publishes comes after this one
+            await session.run_sync(_staging.stage, connection, self, [item])
+        return DurableReceipt(self, events)
+
+    def _connect(self, session: Session) -> Connection:
+        connection = _staging.connection_of(session)
+        self._check_database(connection)
+        return connection
+
+    def _check_database(self, connection: Connection) -> None:
+        """Refuse a session on another database than the bus's, where the event would never be found."""
+        engine = _staging.root_of(connection.engine)
+        if engine is _staging.root_of(self.engine.sync_engine):
+            return
+        theirs = self._known_engines.get(engine)
+        if theirs is None:
+            theirs = "none"
+            if connection.dialect.name == self.engine.dialect.name and inspect(connection).has_table("whereupon_meta"):
+                statement = select(schema.meta.c.value).where(schema.meta.c.key == "database_id")
+                theirs = str(connection.scalar(statement))
+            self._known_engines[engine] = theirs
+        if theirs != self._database_id:
+            raise ForeignSessionError(
+                f"the session is on {engine.url.render_as_string(hide_password=True)}, and the bus on "
+                f"{self._store.shown_url}: they can't commit together. Publish on a session of the bus's database, or make "
+                "a bus for that one"
+            )
+
+    _database_id = ""
+
+    def _context(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> EventContext:
+        return EventContext(
+            event_id=event.event_id,
+            event_type=type(event).__event__.name,
+            subscription=subscription.name,
+            metadata=metadata,
+            log=self._raw_logger,
+        )
+
+    def write_staged(self, connection: Connection, staged: list[_Staged]) -> None:
+        """Write what was staged into the log, with the records that go with it; called just before COMMIT."""
+        recorders: dict[int, tuple[Subscription, list[_Staged]]] = {}
+        for item in staged:
+            for subscription in self.subscriptions.hearing(type(item.event)):
+                if subscription.recorder is not None:
+                    recorders.setdefault(id(subscription), (subscription, []))[1].append(item)
+                    item.ran.append(subscription.name)
+        records = [
+            Record(
+                item.event.event_id,
+                type(item.event).__event__.name,
+                type(item.event).__event__.version,
+                item.payload,
+                encode_metadata(item.metadata),
+                item.ran or None,
+            )
+            for item in staged
+        ]
+        failed = any(item.failures for item in staged)
+        positions = self._store.append(connection, records, positions=failed)
+        for subscription, items in recorders.values():
+            subscription.recorder.record(connection, [(item.event, item.metadata) for item in items])
+        if failed:
+            now = self._store.later(0)
+            self._store.append_failures(
+                connection,
+                [
+                    (
+                        subscription.name,
+                        self._failure(Row(positions[record.event_id], *record[:5], now), subscription, error),
+                    )
+                    for item, record in zip(staged, records, strict=True)
+                    for subscription, error in item.failures
+                ],
+            )
+
+    @staticmethod
+    def _failure(row: Row, subscription: Subscription, error: BaseException) -> Failure:
+        last = subscription.retry.max_attempts == 1
+        return Failure(
+            row,
+            DEAD if last else RETRYING,
+            1,
+            None if last else subscription.retry.wait(1),
+            type(error).__name__,
+            str(error)[:4000],
+        )
+
+    def committed(self, staged: list[_Staged], *, certain: bool) -> None:
+        """The transaction is over: wake the worker, and run what was to run right after the commit."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        types = {type(item.event).__event__.name for item in staged}
+        after = [(item, calls) for item in staged if certain and (calls := self._after_commit(item))]
+        self._scheduled += 1
+        try:
+            inside = asyncio.get_running_loop() is loop
+        except RuntimeError:
+            inside = False
+        (loop.call_soon if inside else loop.call_soon_threadsafe)(self._run_after_commit, types, after)
+
+    def _after_commit(self, item: _Staged) -> list[Call]:
+        return [
+            (partial(self._call_after_commit, s, item.metadata), None, s)
+            for s in self.subscriptions.hearing(type(item.event))
+            if s.delivery is Delivery.AFTER_COMMIT
+        ]
+
+    def _run_after_commit(self, types: set[str], after: list[tuple[_Staged, list[Call]]]) -> None:
+        self._scheduled -= 1
+        if self._worker is not None:
+            self._worker.wake(types)
+        for item, calls in after:
+            self._runner.start(calls, item.event, item.context, self._report, self._after_commit_ended)
+
+    def _after_commit_ended(self, seat: Seat, error: BaseException | None) -> None:
+        if error is not None:
+            self._report(seat.label, seat.argument, error)
+
+    async def _call_after_commit(self, subscription: Subscription, metadata: Metadata, event: DomainEvent) -> None:
+        context = self._context(subscription, event, metadata)
+        async with asyncio.timeout(subscription.timeout):
+            if subscription.session_parameter is None:
+                await subscription.call(event, context, None)
+                return
+            async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
+                with _staging.handed_out(session, subscription.name):
+                    await subscription.call(event, context, session)
+
+    # --- delivering -------------------------------------------------------------------------------------------------
+
+    def _subscribed(self, subscription: Subscription) -> None:
+        if self._worker is not None:
+            raise BusStateError(
+                f"{subscription.name} is subscribed while the bus delivers: its share of the log would depend on when. "
+                "Subscribe everything before `async with bus`"
+            )
+
+    def class_of(self, stored_name: str) -> type[DomainEvent] | None:
+        """The class of events stored under this name or alias, or None if this process knows none."""
+        return self._classes.get(stored_name) or event_class(stored_name)
+
+    def make_worker(self) -> Worker:
+        """A worker for this bus's subscriptions, not started; the bus must be ready."""
+        return Worker(
+            self._store,
+            [s for s in self.subscriptions if s.delivery is not Delivery.AFTER_COMMIT],
+            codec=self._codec,
+            class_of=self.class_of,
+            logger=self.logger,
+            handler_logger=self._raw_logger,
+            in_flight=self._in_flight,
+            lease=self._lease,
+            poll_interval=self._poll_interval,
+        )
+
+    async def start(self, *, deliver: bool | None = None) -> None:
+        """What `async with bus` does on entry; end it with `close`. Raises `DatabaseError` if the database won't do."""
+        if self._entered:
+            raise BusStateError("the bus is running already: one `async with bus` is enough")
+        self._check_loop()
+        await self._ready()
+        self._database_id = await self._store.database_id()
+        self._entered = True
+        if self._deliver if deliver is None else deliver:
+            self._worker = self.make_worker()
+            self._worker.start()
+
+    async def close(self, *, drain: bool = True) -> None:
+        """Deliver what is due, at most `drain_timeout` seconds, stop, and give connections back.
+
+        What is not delivered by then stays in the log, for the next start or another worker.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._drain_timeout
+        try:
+            if drain:
+                await self.drain(self._drain_timeout)
+        except TimeoutError:
+            self.logger.warning("bus_drain_timed_out", seconds=self._drain_timeout)
+        finally:
+            if self._worker is not None:
+                worker, self._worker = self._worker, None
+                await worker.stop(max(0.0, deadline - loop.time()))
+            if abandoned := self._runner.stop("the bus was closed before it ended"):
+                await asyncio.wait(abandoned)
+            self._runner.close()
+            await self._store.close()
+            if self._owns_engine:
+                await self.engine.dispose()
+            self._entered = False
+            self._loop = self._preparing = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        await self.close()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Wait until what is committed so far was delivered here, but for retries that are due later.
+
+        Raises `TimeoutError` after `timeout` seconds.
+        """
+        async with asyncio.timeout(timeout):
+            while self._scheduled or self._after_commit_tasks():
+                await asyncio.sleep(0)
+                if tasks := self._after_commit_tasks():
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._worker is not None:
+                await self._worker.drain()
+
+    def _after_commit_tasks(self) -> set[asyncio.Task[None]]:
+        return {seat.task for seat in self._runner.running} - {asyncio.current_task()}
+
+    # --- its database -----------------------------------------------------------------------------------------------
+
+    @property
+    def database(self) -> str:
+        """The URL of the bus's database, its password hidden."""
+        return self._store.shown_url
+
+    async def revision(self) -> int | None:
+        """The revision of whereupon's tables, None where there are none. Raises `DatabaseUnavailableError`."""
+        return await self._store.revision()
+
+    async def create_tables(self) -> None:
+        """Create or upgrade whereupon's tables. Raises `DatabaseUnavailableError` or `SchemaError`."""
+        await self._store.create_tables()
+
+    # --- what became of events --------------------------------------------------------------------------------------
+
+    async def deliveries(self, *event_ids: UUID) -> list[DeliveryState]:
+        """What became of these events, for each subscription of this bus that hears them, in the order of the log."""
+        self._check_loop()
+        await self._ready()
+        return await self._store.deliveries(event_ids, self._heard())
+
+    def _heard(self) -> Mapping[str, Sequence[str]]:
+        names = {name for name, cls in self._classes.items()}
+        return _Heard(self, names)
+
+    async def wait_settled(self, event_ids: Sequence[UUID], timeout: float | None) -> None:
+        """Wait until these events are settled for every subscription; see `DurableReceipt.settled`."""
+        open_: list[str] = []
+        found: list[DeliveryState] = []
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    found = await self.deliveries(*event_ids)
+                    missing = (
+                        set(event_ids) - {state.event_id for state in found} if self._expects(event_ids) else set()
+                    )
+                    open_ = [f"{s.subscription} ({s.state})" for s in found if s.state in OPEN]
+                    if not open_ and not missing:
+                        return
+                    await self._something_settled()
+        except TimeoutError:
+            raise TimeoutError(
+                f"not settled after {timeout:g} s: {', '.join(open_) or 'the events are not in the log (not committed?)'}"
+            ) from None
+
+    def _expects(self, event_ids: Sequence[UUID]) -> bool:
+        return bool(event_ids) and any(s.delivery is not Delivery.AFTER_COMMIT for s in self.subscriptions)
+
+    async def _something_settled(self) -> None:
+        if self._worker is None:
+            await asyncio.sleep(0.02)
+            return
+        self._worker.settled.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._worker.settled.wait(), 0.02)
+
+
+class _Heard(Mapping[str, Sequence[str]]):
+    """The subscriptions that hear events stored under a name."""
+
+    def __init__(self, bus: EventBus, names: Iterable[str]) -> None:
+        self._bus = bus
+        self._names = set(names)
+
+    def __getitem__(self, stored_name: str) -> Sequence[str]:
+        cls = self._bus.class_of(stored_name)
+        hearing = self._bus.subscriptions.hearing(cls) if cls is not None else ()
+        return [s.name for s in hearing if s.delivery is not Delivery.AFTER_COMMIT]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
+    """The engine to use, and whether it is the bus's own."""
+    if isinstance(database, AsyncEngine):
+        _check_driver(database.url)
+        if database.dialect.name == "sqlite" and isinstance(database.pool, StaticPool):
+            raise UnsupportedDatabaseError(
+                "this engine shares one SQLite connection among all, so the worker's COMMIT would commit half of somebody's "
+                'transaction. Make it without StaticPool, on a file, or use EventBus("sqlite+aiosqlite:///:memory:")'
+            )
+        return database, False
+    try:
+        url = make_url(database)
+    except ArgumentError:
+        raise UnsupportedDatabaseError(
+            f"{database!r} is no database URL. Use one like {' or '.join(example for example, _ in _DRIVERS.values())}"
+        ) from None
+    _check_driver(url)
+    sqlite = url.get_backend_name() == "sqlite"
+    if sqlite and url.database in (None, "", ":memory:"):
+        url = url.set(database=_private_file())
+    try:
+        engine = create_async_engine(url)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        _, extra = _DRIVERS[url.get_backend_name()]
+        raise UnsupportedDatabaseError(
+            f"the driver of {url.drivername} is not installed: pip install '{extra}'"
+        ) from error
+    if sqlite:
+        configure(engine)
+    return engine, True
+
+
+def _check_driver(url: URL) -> None:
+    backend = url.get_backend_name()
+    if backend not in _DRIVERS:
+        raise UnsupportedDatabaseError(
+            f"whereupon keeps its log in PostgreSQL or SQLite, not in {backend}: use a URL like "
+            f"{' or '.join(example for example, _ in _DRIVERS.values())}"
+        )
+    try:
+        is_async = url.get_dialect().is_async
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise UnsupportedDatabaseError(
+            f"{url.drivername} is no driver that is installed: pip install '{_DRIVERS[backend][1]}'"
+        ) from error
+    if not is_async and not (backend == "postgresql" and url.get_driver_name() == "psycopg"):
+        example, _ = _DRIVERS[backend]
+        raise UnsupportedDatabaseError(
+            f"{url.render_as_string(hide_password=True)} names a driver that can't be awaited. Use one like {example}"
+        )
+
+
+def _private_file() -> str:
+    """A file for a `:memory:` database, gone with the process: a shared in-memory one has no transactions of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="whereupon-"))
+
+    def remove(pid: int = os.getpid()) -> None:
+        if pid == os.getpid():
+            import shutil
+
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return str(folder / "memory.db")
