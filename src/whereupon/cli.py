@@ -1,0 +1,191 @@
+"""The command line: `whereupon worker`, `whereupon db upgrade`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import signal
+import sys
+from typing import Annotated, Any, Final
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+
+from whereupon import schema
+from whereupon.durable import EventBus
+from whereupon.errors import BusStateError, DatabaseUnavailableError, SchemaError, WhereuponError
+
+EXIT_ERROR: Final = 1
+EXIT_USAGE: Final = 2
+
+out = Console()
+err = Console(stderr=True)
+
+app = cyclopts.App(
+    name="whereupon",
+    help="Deliver domain events, and keep their tables.\n\nExit codes: 0 done, 1 it failed (the reason is on stderr), "
+    "2 the command was wrong.",
+    version_flags=["--version"],
+    version=lambda: importlib.import_module("importlib.metadata").version("whereupon"),
+)
+db = cyclopts.App(name="db", help="The tables that whereupon keeps in the application's database.")
+app.command(db)
+
+Target = Annotated[
+    str, Parameter(help="Where the bus is: `package.module:name`; a function without arguments is called.")
+]
+
+
+class _Refused(Exception):
+    """The command can't be carried out; its text is all that is shown."""
+
+
+def load_bus(target: str) -> EventBus:
+    """The bus that `module:name` names. Raises `_Refused` with what to mend."""
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise _Refused(f"{target!r} names no bus: write module:name, as in app.main:bus")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise _Refused(
+            f"there is no module {error.name!r}, needed for {target}. Run this where `python -c 'import {module_name}'` works"
+        ) from error
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        raise _Refused(f"{module_name} has no {name!r}: say under which name it keeps its EventBus") from None
+    if callable(found) and not isinstance(found, EventBus):
+        found = found()
+    if not isinstance(found, EventBus):
+        raise _Refused(f"{target} is a {type(found).__name__}, not an EventBus")
+    return found
+
+
+@app.command
+def worker(
+    target: Target,
+    /,
+    *,
+    verbose: Annotated[bool, Parameter(help="Log what the worker does, not only what goes wrong.")] = False,
+) -> int:
+    """Deliver a bus's events in this process, until SIGINT or SIGTERM.
+
+    On a signal it begins nothing new, lets handlers end for the bus's drain_timeout, and gives its leases back; a second
+    signal ends it at once. A database that is down is waited for.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    bus = load_bus(target)
+    asyncio.run(_work(bus, target))
+    return 0
+
+
+async def _work(bus: EventBus, target: str) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    if not await _started(bus, stop):
+        return
+    served = [s.name for s in bus.subscriptions]
+    err.print(f"whereupon worker for {target}: {len(served)} subscriptions on {bus.database}. Ctrl-C ends it.")
+    await stop.wait()
+    err.print("whereupon worker: stopping; handlers that run are let end.")
+    await bus.close(drain=False)
+
+
+async def _started(bus: EventBus, stop: asyncio.Event) -> bool:
+    """Start the bus, waiting for a database that is down; False if stopped meanwhile."""
+    wait = 0.5
+    while True:
+        try:
+            await bus.start(deliver=True)
+            return True
+        except DatabaseUnavailableError as error:
+            err.print(f"[yellow]{error}.[/yellow] Trying again in {wait:g} s.", soft_wrap=True)
+        try:
+            await asyncio.wait_for(stop.wait(), wait)
+            return False
+        except TimeoutError:
+            wait = min(wait * 2, 30.0)
+
+
+Where = Annotated[str | None, Parameter(help="The bus, as `package.module:name`.")]
+Url = Annotated[str | None, Parameter(help="The database's URL, instead of a bus.")]
+
+
+def _bus_for(target: str | None, url: str | None) -> EventBus:
+    if (target is None) == (url is None):
+        raise _Refused(
+            "say which database: either module:bus or --url, as in `whereupon db upgrade --url sqlite+aiosqlite:///app.db`"
+        )
+    return load_bus(target) if target is not None else EventBus(str(url), create_tables=False)
+
+
+@db.command
+def upgrade(target: Where = None, /, *, url: Url = None) -> int:
+    """Create whereupon's tables, or bring them up to this version. Safe to repeat, and to run on several hosts at once."""
+    bus = _bus_for(target, url)
+
+    async def run() -> None:
+        before = await bus.revision()
+        await bus.create_tables()
+        after = await bus.revision()
+        if before == after:
+            out.print(f"{bus.database} is at revision {after} already.", soft_wrap=True)
+        else:
+            out.print(f"{bus.database} is at revision {after} now (before: {before or 'no tables'}).", soft_wrap=True)
+        await bus.engine.dispose()
+
+    asyncio.run(run())
+    return 0
+
+
+@db.command
+def status(target: Where = None, /, *, url: Url = None) -> int:
+    """Say which revision the tables are at; exit code 1 unless this build can use them."""
+    bus = _bus_for(target, url)
+
+    async def run() -> int | None:
+        try:
+            return await bus.revision()
+        finally:
+            await bus.engine.dispose()
+
+    revision = asyncio.run(run())
+    schema.check_revision(revision, bus.database)
+    out.print(f"{bus.database} is at revision {revision}, as this build needs it.", soft_wrap=True)
+    return 0
+
+
+def main() -> None:
+    """Run the command line; what it raises of its own is printed as one sentence."""
+    try:
+        code = app(result_action="return_value")
+    except _Refused as error:
+        err.print(f"[red]whereupon:[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(EXIT_USAGE)
+    except (SchemaError, DatabaseUnavailableError, BusStateError, WhereuponError) as error:
+        err.print(f"[red]whereupon:[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(EXIT_ERROR)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
