@@ -310,7 +310,7 @@ def test_a_time_of_day_needs_no_zone() -> None:
 # Wrong types
 
 
-class OrderPlaced(DomainEvent):
+class OrderBooked(DomainEvent):
     order_id: UUID
     amount: int = 1
     price: Decimal = Decimal(1)
@@ -351,9 +351,9 @@ class BigBox(Box):
 )
 def test_a_value_of_another_type_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(EventEncodingError) as caught:
-        JsonCodec().encode(OrderPlaced(**{"order_id": uuid4(), **fields}))
+        JsonCodec().encode(OrderBooked(**{"order_id": uuid4(), **fields}))
     told = str(caught.value)
-    assert told.startswith("OrderPlaced: ")
+    assert told.startswith("OrderBooked: ")
     assert named in told
     assert len(told) < 500
     assert isinstance(caught.value, ValueError)
@@ -363,8 +363,8 @@ def test_an_event_that_is_nested_too_deeply_is_refused() -> None:
     box = Box("x", None)
     for _ in range(5000):
         box = Box("x", None, [], box)
-    with pytest.raises((EventEncodingError, ValueError), match=r"OrderPlaced.*box"):
-        JsonCodec().encode(OrderPlaced(order_id=uuid4(), box=box))
+    with pytest.raises((EventEncodingError, ValueError), match=r"OrderBooked.*box"):
+        JsonCodec().encode(OrderBooked(order_id=uuid4(), box=box))
 
 
 # What is stored and can't be read
@@ -393,8 +393,8 @@ def stored(event: DomainEvent, **changed: Any) -> bytes:
     ],
 )
 def test_bytes_that_are_no_such_event_are_an_error_with_the_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(EventDecodingError, match=rf"the stored OrderPlaced \(version 1\) does not fit .*(?i:{reason})"):
-        JsonCodec().decode(OrderPlaced, 1, data)
+    with pytest.raises(EventDecodingError, match=rf"the stored OrderBooked \(version 1\) does not fit .*(?i:{reason})"):
+        JsonCodec().decode(OrderBooked, 1, data)
 
 
 @given(
@@ -406,7 +406,7 @@ def test_bytes_that_are_no_such_event_are_an_error_with_the_reason(data: bytes, 
         | st.integers()
         | st.floats(allow_nan=False)
         | st.text(st.characters(exclude_categories=["Cs"])),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*OrderPlaced.__event__.fields, "x"]), inner),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*OrderBooked.__event__.fields, "x"]), inner),
         max_leaves=12,
     ).map(msgspec.json.encode),
     st.integers(-1, 4),
@@ -417,21 +417,21 @@ def test_bytes_that_are_no_such_event_are_an_error_with_the_reason(data: bytes, 
 @example(b'{"occurred_at":"2025-01-01T00:00:00","order_id":"00000000-0000-0000-0000-000000000000"}', 1)
 def test_no_bytes_raise_anything_but_what_is_documented(data: bytes, version: int) -> None:
     try:
-        event = JsonCodec().decode(OrderPlaced, version, data)
+        event = JsonCodec().decode(OrderBooked, version, data)
     except EventDecodingError as error:
-        assert "OrderPlaced" in str(error)  # noqa: PT017 (most data fail, some don't)
+        assert "OrderBooked" in str(error)  # noqa: PT017 (most data fail, some don't)
     else:
-        assert type(event) is OrderPlaced
+        assert type(event) is OrderBooked
         assert event.occurred_at.tzinfo is not None
         assert event.price.is_finite()
 
 
 def test_a_stored_naive_datetime_or_number_that_is_not_finite_is_not_read() -> None:
-    event = OrderPlaced(order_id=uuid4())
+    event = OrderBooked(order_id=uuid4())
     with pytest.raises(EventDecodingError, match="occurred_at is naive"):
-        JsonCodec().decode(OrderPlaced, 1, stored(event, occurred_at="2025-01-01T00:00:00"))
+        JsonCodec().decode(OrderBooked, 1, stored(event, occurred_at="2025-01-01T00:00:00"))
     with pytest.raises(EventDecodingError, match=r"price is .*a number must be finite"):
-        JsonCodec().decode(OrderPlaced, 1, stored(event, price="Infinity"))
+        JsonCodec().decode(OrderBooked, 1, stored(event, price="Infinity"))
 
 
 def test_a_rule_of_the_class_that_a_stored_event_breaks_is_a_decoding_error() -> None:
@@ -448,8 +448,8 @@ def test_a_rule_of_the_class_that_a_stored_event_breaks_is_a_decoding_error() ->
 
 
 def test_a_field_that_is_gone_from_the_class_is_passed_over_and_a_new_one_takes_its_default() -> None:
-    event = OrderPlaced(order_id=uuid4(), amount=5)
-    assert JsonCodec().decode(OrderPlaced, 1, stored(event, amount=..., gone=[1])).amount == 1
+    event = OrderBooked(order_id=uuid4(), amount=5)
+    assert JsonCodec().decode(OrderBooked, 1, stored(event, amount=..., gone=[1])).amount == 1
 
 
 # Versions and names

@@ -86,14 +86,14 @@ class Nothing(enum.Enum):
     pass
 
 
-class OrderPlaced(DomainEvent):
+class OrderEntered(DomainEvent):
     order_id: int
     lines: list[Line] = field(default_factory=list)
     labels: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OrderShipped(DomainEvent, version=3, aliases=("OrderSent",), category="shop"):
+class OrderDispatched(DomainEvent, version=3, aliases=("OrderSentOff",), category="shop"):
     order_id: int
     parcels: tuple[str, ...] = ()
 
@@ -131,7 +131,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 def test_an_event_gets_a_version_7_id_and_the_time_in_utc_by_itself() -> None:
     before = datetime.now(UTC)
-    first, second = OrderPlaced(order_id=1), OrderPlaced(order_id=1)
+    first, second = OrderEntered(order_id=1), OrderEntered(order_id=1)
     assert first.event_id.version == 7
     assert type(first.event_id) is UUID
     assert first.event_id < second.event_id
@@ -141,7 +141,7 @@ def test_an_event_gets_a_version_7_id_and_the_time_in_utc_by_itself() -> None:
 
 def test_id_and_time_may_be_given() -> None:
     event_id, then = uuid4(), datetime(2025, 1, 1, tzinfo=UTC)
-    event = OrderPlaced(order_id=1, event_id=event_id, occurred_at=then)
+    event = OrderEntered(order_id=1, event_id=event_id, occurred_at=then)
     assert (event.event_id, event.occurred_at) == (event_id, then)
 
 
@@ -172,14 +172,14 @@ def test_the_decorator_makes_no_difference() -> None:
 
 
 def test_a_decorator_with_slots_makes_events_without_a_dict() -> None:
-    event = OrderShipped(order_id=1)
+    event = OrderDispatched(order_id=1)
     assert not hasattr(event, "__dict__")
-    assert OrderShipped.__event__.name == "OrderShipped"
-    assert event_class("OrderShipped") is event_class("OrderSent") is OrderShipped
+    assert OrderDispatched.__event__.name == "OrderDispatched"
+    assert event_class("OrderDispatched") is event_class("OrderSentOff") is OrderDispatched
 
 
 def test_super_without_arguments_works_in_a_class_with_slots() -> None:
-    event = OrderShipped(order_id=7, parcels=("a", "b"))
+    event = OrderDispatched(order_id=7, parcels=("a", "b"))
     assert event.audit_context() == {"order_id": 7, "parcels": ("a", "b"), "count": 2}
 
 
@@ -236,8 +236,8 @@ def test_other_options_of_the_decorator_are_kept() -> None:
 
 def test_events_pickle_and_copy_with_frozen_containers() -> None:
     events: list[DomainEvent] = [
-        OrderPlaced(order_id=1, lines=[Line("a", Decimal(1), ["x"])], labels={"k": ["v"]}),
-        OrderShipped(order_id=1, parcels=("p",)),
+        OrderEntered(order_id=1, lines=[Line("a", Decimal(1), ["x"])], labels={"k": ["v"]}),
+        OrderDispatched(order_id=1, parcels=("p",)),
     ]
     for event in events:
         for twin in (pickle.loads(pickle.dumps(event)), copy.copy(event), copy.deepcopy(event)):
@@ -252,22 +252,22 @@ def test_events_pickle_and_copy_with_frozen_containers() -> None:
 
 
 def test_replace_makes_another_event_with_frozen_containers() -> None:
-    event = dataclasses.replace(OrderPlaced(order_id=1), labels={"k": ["v"]})
+    event = dataclasses.replace(OrderEntered(order_id=1), labels={"k": ["v"]})
     with pytest.raises(TypeError, match="never changes"):
         event.labels["k"].append("w")
 
 
 def test_events_of_two_classes_are_never_equal() -> None:
     then, event_id = datetime.now(UTC), uuid4()
-    placed = OrderPlaced(order_id=1, event_id=event_id, occurred_at=then)
-    shipped = OrderShipped(order_id=1, event_id=event_id, occurred_at=then)
+    placed = OrderEntered(order_id=1, event_id=event_id, occurred_at=then)
+    shipped = OrderDispatched(order_id=1, event_id=event_id, occurred_at=then)
     assert placed != shipped  # type: ignore[comparison-overlap]
 
 
 def test_an_event_can_be_referred_to_weakly() -> None:
     import weakref
 
-    event = OrderShipped(order_id=1)
+    event = OrderDispatched(order_id=1)
     assert weakref.ref(event)() is event
 
 
@@ -277,7 +277,7 @@ def test_an_event_can_be_referred_to_weakly() -> None:
 def test_a_container_is_a_copy_of_the_callers() -> None:
     remarks, lines, labels = ["x"], list[Line](), {"k": ["v"]}
     lines.append(Line("a", Decimal(1), remarks))
-    event = OrderPlaced(order_id=1, lines=lines, labels=labels)
+    event = OrderEntered(order_id=1, lines=lines, labels=labels)
     remarks.append("y")
     lines.clear()
     labels["k"].append("w")
@@ -357,7 +357,7 @@ def test_frozen_containers_read_like_their_kind() -> None:
 
 def test_a_default_container_is_frozen_too() -> None:
     with pytest.raises(TypeError, match="copy it with list"):
-        OrderPlaced(order_id=1).lines.append(Line("a", Decimal(1)))
+        OrderEntered(order_id=1).lines.append(Line("a", Decimal(1)))
 
 
 def test_ones_own_post_init_runs_before_containers_are_frozen() -> None:
@@ -395,8 +395,8 @@ def test_a_subclass_freezes_what_its_parent_declares() -> None:
 def test_a_container_within_itself_is_refused_by_name() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(ValueError, match=r"OrderPlaced\.lines contains itself"):
-        OrderPlaced(order_id=1, lines=endless)
+    with pytest.raises(ValueError, match=r"OrderEntered\.lines contains itself"):
+        OrderEntered(order_id=1, lines=endless)
 
 
 # What is refused where it is defined
@@ -517,7 +517,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Draft, r"Decorate Draft with @dataclass\(frozen=True\)"),
     (list[Draft], "Decorate Draft"),
     (Pair[int], "generic dataclasses are not supported"),
-    (OrderPlaced, "Use its event_id"),
+    (OrderEntered, "Use its event_id"),
     (Weight, "all are strings or all whole numbers"),
     (Nothing, "all are strings or all whole numbers"),
     (enum.Enum, "all are strings or all whole numbers"),

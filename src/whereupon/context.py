@@ -14,6 +14,7 @@ from uuid import UUID
 import msgspec
 
 from whereupon.errors import PublishError
+from whereupon.event import FrozenDict
 
 _ids: Final = ("correlation_id", "causation_id")
 _texts: Final = ("actor", "ip_address", "user_agent", "trace_id")
@@ -31,13 +32,19 @@ class Metadata:
     ip_address: str | None = None
     user_agent: str | None = None
     trace_id: str | None = None
-    extra: dict[str, str] = field(default_factory=dict)
+    extra: Mapping[str, str] = FrozenDict()
+
+    def __post_init__(self) -> None:
+        if type(self.extra) is not FrozenDict:
+            object.__setattr__(self, "extra", FrozenDict(self.extra))
 
     @classmethod
     def of(cls, values: Metadata | Mapping[str, Any] | None) -> Metadata:
         """Metadata from a mapping; keys that are no field go to `extra`. Raises `PublishError` for other types."""
         if isinstance(values, Metadata):
             return values
+        if values is not None and not isinstance(values, Mapping):
+            raise PublishError(f"metadata is a mapping or a Metadata, not {values!r}: metadata={{'ip_address': …}}")
         known: dict[str, Any] = {}
         extra: dict[str, str] = {}
         for key, value in (values or {}).items():
@@ -63,15 +70,24 @@ def _uuid(key: str, value: Any) -> UUID:
 
 NO_METADATA: Final = Metadata()
 
-_request: ContextVar[Metadata | None] = ContextVar("whereupon_request", default=None)
+_request: ContextVar[tuple[Metadata, tuple[UUID, Metadata] | None] | None] = ContextVar(
+    "whereupon_request", default=None
+)
+"""The metadata of `request_metadata`, and which event was being handled when that block was entered."""
 handling: ContextVar[tuple[UUID, Metadata] | None] = ContextVar("whereupon_handling", default=None)
 """The event whose handler runs now, and its metadata: what a handler publishes inherits from it."""
 
 
 @contextlib.contextmanager
 def request_metadata(metadata: Metadata | Mapping[str, Any]) -> Iterator[None]:
-    """Events published in this block, by this task and tasks it starts, carry `metadata`."""
-    token = _request.set(Metadata.of(metadata))
+    """Events published in this block, by this task and tasks it starts, carry `metadata`.
+
+    A block within a block adds to it: the middleware sets the IP address, and the `actor` follows once it is known.
+    """
+    given, cause, outer = Metadata.of(metadata), handling.get(), _request.get()
+    if outer is not None and outer[1] is cause:
+        given = _filled(given, outer[0])
+    token = _request.set((given, cause))
     try:
         yield
     finally:
@@ -79,17 +95,33 @@ def request_metadata(metadata: Metadata | Mapping[str, Any]) -> Iterator[None]:
 
 
 def metadata_for(explicit: Metadata | Mapping[str, Any] | None) -> Metadata:
-    """The metadata of an event published now: as given, else the request's, else that of the event being handled."""
-    metadata = Metadata.of(explicit) if explicit is not None else _request.get() or NO_METADATA
-    cause = handling.get()
+    """The metadata of an event published now: what is given, filled up from the request's and the handled event's."""
+    request, cause = _request.get(), handling.get()
+    metadata = NO_METADATA if explicit is None else Metadata.of(explicit)
+    if request is not None and request[1] is cause:  # else it is the publisher's request, and in the event already
+        metadata = _filled(metadata, request[0])
     if cause is None:
         return metadata
     event_id, inherited = cause
-    given = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-    merged = {name: getattr(inherited, name) if value in (None, {}) else value for name, value in given.items()}
-    merged["causation_id"] = metadata.causation_id or event_id
-    merged["correlation_id"] = metadata.correlation_id or inherited.correlation_id or event_id
-    return Metadata(**merged)
+    correlation_id = inherited.correlation_id or event_id
+    return _filled(metadata, dataclasses.replace(inherited, causation_id=event_id, correlation_id=correlation_id))
+
+
+def _filled(metadata: Metadata, below: Metadata) -> Metadata:
+    """`metadata` with what it leaves open taken from `below`."""
+    if metadata is NO_METADATA or below is NO_METADATA:
+        return below if metadata is NO_METADATA else metadata
+    return Metadata(
+        correlation_id=metadata.correlation_id or below.correlation_id,
+        causation_id=metadata.causation_id or below.causation_id,
+        actor=metadata.actor or below.actor,
+        ip_address=metadata.ip_address or below.ip_address,
+        user_agent=metadata.user_agent or below.user_agent,
+        trace_id=metadata.trace_id or below.trace_id,
+        extra=FrozenDict({**below.extra, **metadata.extra})
+        if below.extra and metadata.extra
+        else metadata.extra or below.extra,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +177,20 @@ class EventContext:
 
 
 def encode_metadata(metadata: Metadata) -> str:
-    return msgspec.json.encode(
-        {f.name: value for f in dataclasses.fields(metadata) if (value := getattr(metadata, f.name)) not in (None, {})}
-    ).decode()
+    """JSON; of text that is no Unicode the offending characters are replaced: they must not cost an event."""
+    values = {
+        f.name: value for f in dataclasses.fields(metadata) if (value := getattr(metadata, f.name)) not in (None, {})
+    }
+    try:
+        return msgspec.json.encode(values, enc_hook=str).decode()
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_clean(values), enc_hook=str).decode()
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def decode_metadata(text: str | bytes) -> Metadata:
