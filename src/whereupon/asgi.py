@@ -1,0 +1,98 @@
+"""Tells events which request they come from: one ASGI middleware, for any framework."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any, Final, TypeAlias
+from uuid import UUID
+
+from whereupon.context import Metadata, request_metadata
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LONGEST_USER_AGENT: Final = 512
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+
+
+class RequestContextMiddleware:
+    """Events published while a request is served carry its IP address, user agent, trace and correlation id.
+
+    The address is the peer's; only for a peer within `trusted_proxies` (networks in CIDR notation) is it taken from
+    X-Forwarded-For, as the last entry there that is no trusted proxy itself. The trace id comes from a valid W3C
+    `traceparent`, the correlation id from X-Correlation-ID or X-Request-ID where that is a UUID.
+
+    Raises `ValueError` for a proxy that is no network.
+    """
+
+    def __init__(self, app: Application, trusted_proxies: Iterable[str] = ()) -> None:
+        self._app = app
+        self._trusted = [ip_network(proxy) for proxy in trusted_proxies]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        with request_metadata(self._metadata(scope)):
+            await self._app(scope, receive, send)
+
+    def _metadata(self, scope: Scope) -> Metadata:
+        headers: dict[bytes, list[str]] = {}
+        for name, value in scope.get("headers") or ():
+            headers.setdefault(name.lower(), []).append(value.decode("latin-1"))
+        user_agent = _first(headers, b"user-agent")
+        trace = _TRACEPARENT.fullmatch(_first(headers, b"traceparent") or "")
+        return Metadata(
+            ip_address=self._address(scope, headers.get(b"x-forwarded-for", [])),
+            user_agent=user_agent[:_LONGEST_USER_AGENT] if user_agent else None,
+            trace_id=trace[1] if trace and trace[1] != "0" * 32 else None,
+            correlation_id=_uuid(_first(headers, b"x-correlation-id")) or _uuid(_first(headers, b"x-request-id")),
+        )
+
+    def _address(self, scope: Scope, forwarded: list[str]) -> str | None:
+        client = scope.get("client")
+        peer = _parsed(str(client[0])) if client else None
+        if peer is None:
+            return None
+        if not self._is_trusted(peer):
+            return str(peer)
+        nearest = peer
+        for entry in reversed(",".join(forwarded).split(",")):
+            address = _parsed(entry.strip())
+            if address is None:
+                break  # what stands left of garbage was vouched for by nobody
+            nearest = address
+            if not self._is_trusted(address):
+                break
+        return str(nearest)
+
+    def _is_trusted(self, address: IPv4Address | IPv6Address) -> bool:
+        return any(address.version == network.version and address in network for network in self._trusted)
+
+
+def _first(headers: dict[bytes, list[str]], name: bytes) -> str | None:
+    return headers[name][0] if name in headers else None
+
+
+def _uuid(text: str | None) -> UUID | None:
+    try:
+        return UUID(text) if text else None
+    except ValueError:
+        return None
+
+
+def _parsed(text: str) -> IPv4Address | IPv6Address | None:
+    """The address in `1.2.3.4`, `1.2.3.4:5678`, `::1` or `[::1]:5678`; None for anything else."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
