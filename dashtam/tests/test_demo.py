@@ -1,0 +1,124 @@
+"""`make demo`, as its user meets it: a process, a terminal, two web pages, Ctrl-C."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+PATIENCE = 60.0
+
+
+@contextmanager
+def demo(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dashtam.demo", *arguments],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def all_of(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=PATIENCE)
+    return output
+
+
+def until(process: subprocess.Popen[str], telling: str) -> str:
+    """What it prints up to the line with `telling`."""
+    assert process.stdout is not None
+    printed = ""
+    deadline = time.monotonic() + PATIENCE
+    for line in process.stdout:
+        printed += line
+        if telling in line:
+            return printed
+        assert time.monotonic() < deadline, printed
+    raise AssertionError(f"it ended without {telling!r}:\n{printed}")
+
+
+def test_the_demo_shows_what_followed_each_registration_and_ends_by_itself(database_url: str, tmp_path: Path) -> None:
+    with demo(tmp_path, "--once", "--database-url", database_url) as process:
+        output = all_of(process)
+    assert process.returncode == 0, output
+    assert output.count("201 Created") == 2
+    assert output.count("UserRegistrationSucceeded") >= 2
+    assert output.count("UserRegistrationFailed") >= 3
+    for reason in ("email_taken", "weak_password", "invalid_email"):
+        assert f"reason: {reason}" in output
+    assert output.count("in the inbox: Welcome to Dashtam") == 2
+    assert re.search(r"InitialSettings\S*\s+succeeded\s+\d+ ms\s+[\d.]+ ms", output), output
+    assert '"event": "user_registration_succeeded"' in output.replace("\n", " ")
+
+
+def test_the_demo_stays_up_with_docs_and_inbox_until_ctrl_c(tmp_path: Path) -> None:
+    leftover = tmp_path / ".demo" / "dashtam.db"
+    leftover.parent.mkdir()
+    leftover.write_text("of an older demo, and no database at all", encoding="utf-8")
+    with demo(tmp_path) as process:
+        output = until(process, "Ctrl-C")
+        docs = re.search(r"API docs\s+(http://\S+)", output)
+        inbox = re.search(r"Inbox\s+(http://\S+)", output)
+        assert docs is not None, output
+        assert inbox is not None, output
+        assert httpx.get(docs[1]).status_code == 200
+        page = httpx.get(inbox[1]).text
+        assert page.count("Welcome to Dashtam") == 2
+        mail = re.search(r'href="(/mails/\d+)"', page)
+        assert mail is not None
+        shown = httpx.get(inbox[1].rstrip("/") + mail[1])
+        assert shown.status_code == 200
+        assert "Dashtam" in shown.text
+        assert httpx.get(inbox[1] + "mails/999").status_code == 404
+        process.send_signal(signal.SIGINT)
+        rest = all_of(process)
+    assert process.returncode == 0, rest
+    assert "Traceback" not in rest
+
+
+def test_two_demos_at_once_take_different_ports(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with demo(tmp_path / "one") as first:
+        until(first, "Ctrl-C")
+        with demo(tmp_path / "two", "--once") as second:
+            output = all_of(second)
+            assert second.returncode == 0, output
+        first.send_signal(signal.SIGTERM)
+        assert "Traceback" not in all_of(first)
+        assert first.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "telling"),
+    [
+        ("postgresql+asyncpg://nobody@127.0.0.1:1/none", "can't use the database"),
+        ("mysql://root@localhost/test", "PostgreSQL or SQLite"),
+        ("not a url", "no database URL"),
+    ],
+)
+def test_a_database_that_will_not_do_is_one_clear_line(url: str, telling: str, tmp_path: Path) -> None:
+    with demo(tmp_path, "--once", "--database-url", url) as process:
+        output = all_of(process)
+    assert process.returncode == 1, output
+    assert telling in output
+    assert "Traceback" not in output
