@@ -37,6 +37,7 @@ from whereupon.subscription import Delivery, Retry, Subscription
 if TYPE_CHECKING:
     from whereupon.audit import AuditEventHandler
     from whereupon.durable import EventBus
+    from whereupon.store import DeliveryState
 
 __all__ = [
     "AuditEventHandler",
@@ -45,6 +46,7 @@ __all__ = [
     "DatabaseError",
     "DatabaseUnavailableError",
     "Delivery",
+    "DeliveryState",
     "Discard",
     "DomainEvent",
     "DuplicateSubscriptionError",
@@ -90,6 +92,10 @@ def __getattr__(name: str) -> Any:
         from whereupon.audit import AuditEventHandler
 
         return AuditEventHandler
+    if name == "DeliveryState":
+        from whereupon.store import DeliveryState
+
+        return DeliveryState
     raise AttributeError(f"module 'whereupon' has no attribute {name!r}")
 
 
