@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from asyncio import AbstractEventLoop, Future
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
@@ -38,36 +39,27 @@ class _Staged(NamedTuple):
     loop: AbstractEventLoop
 
 
-class _Plan(NamedTuple):
-    """How events of one type are published without a session."""
-
-    subscriptions: tuple[Subscription, ...]
-    calls: list[Call] | None
-    """How to call the handlers, where each takes the event alone."""
-    needs_session: Subscription | None
-
-
 class _Group:
     """The handlers that one `publish` waits for."""
 
-    __slots__ = ("bus", "left", "waiter")
+    __slots__ = ("_bus", "_left", "_waiter")
 
-    def __init__(self, bus: InMemoryEventBus) -> None:
-        self.bus = bus
-        self.left = 0
-        self.waiter: Future[None] | None = None
+    def __init__(self, bus: InMemoryEventBus, seats: Sequence[Seat]) -> None:
+        self._bus = bus
+        self._left = len(seats)
+        self._waiter: Future[None] = asyncio.get_running_loop().create_future()
+        for seat in seats:
+            seat.ended = self._ended
 
-    def ended(self, seat: Seat, error: BaseException | None) -> None:
-        if error is not None:
-            self.bus._report(seat.label, seat.argument, error)
-        self.left -= 1
-        if not self.left and self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+    def _ended(self, seat: Seat, error: BaseException | None) -> None:
+        self._left -= 1
+        if not self._left and not self._waiter.done() and not seat.loop.is_closed():
+            self._waiter.set_result(None)
+        self._bus._ended(seat, error)
 
     async def wait(self) -> None:
         """Wait for them. A publisher that is cancelled meanwhile leaves them running, owned by the bus."""
-        self.waiter = asyncio.get_running_loop().create_future()
-        await self.waiter
+        await self._waiter
 
 
 class InMemoryEventBus(Subscribing):
@@ -82,12 +74,14 @@ class InMemoryEventBus(Subscribing):
         super().__init__(logger)
         self._drain_timeout = drain_timeout
         self._runner = Runner()
-        self._plans: dict[type[DomainEvent], _Plan] = {}
-        self._scheduled = 0
+        self._calls: dict[type[DomainEvent], list[Call]] = {}
+        """How to call the handlers of an event without a session, where each takes the event alone."""
+        self._due: list[list[_Staged]] = []
+        """Committed, and to be delivered with the next turn of the loop."""
         self._closed = False
 
     def _subscribed(self, subscription: Subscription) -> None:
-        self._plans.clear()
+        self._calls.clear()
 
     async def publish(
         self,
@@ -101,45 +95,48 @@ class InMemoryEventBus(Subscribing):
         """
         if self._closed:
             raise BusStateError("the bus is closed: publish inside `async with bus`, or make a new bus")
-        try:
-            plans = [self._plans[type(event)] for event in events]
-        except KeyError:
-            plans = [self._plan(event) for event in events]
-        if not events:
-            self._check_events(events)
         given = metadata_for(metadata)
         if session is not None:
-            return await self._stage(events, plans, session, given)
-        for event, plan in zip(events, plans, strict=True):
-            if plan.needs_session is not None:
-                raise SessionRequiredError(session_required(plan.needs_session, event))
-        group = _Group(self)
-        for event, (subscriptions, calls, _) in zip(events, plans, strict=True):
-            context = copy_context()
-            context.run(handling.set, (event.event_id, given))
+            return await self._stage(events, session, given)
+        if len(events) == 1:
+            event = events[0]
+            calls = self._calls.get(type(event))
             if calls is None:
-                calls = [(self._call(s, event, given), s.timeout, s) for s in subscriptions]
-            group.left += self._runner.start(calls, event, context, self._failed, group.ended)
-        if group.left:
-            await group.wait()
+                calls = self._calls_for(event, given)
+            suspended = self._run(event, calls, given)
+        else:
+            self._check_events(events)
+            plans = [(event, self._calls_for(event, given)) for event in events]
+            suspended = [seat for event, calls in plans for seat in self._run(event, calls, given)]
+        if suspended:
+            await _Group(self, suspended).wait()
         return _Receipt(self, events)
 
-    def _plan(self, event: DomainEvent) -> _Plan:
+    def _run(self, event: DomainEvent, calls: list[Call], metadata: Metadata) -> Sequence[Seat]:
+        context = copy_context()
+        context.run(handling.set, (event.event_id, metadata))
+        return self._runner.start(calls, event, context, self._failed, self._ended)
+
+    def _subscriptions_of(self, event: DomainEvent) -> tuple[Subscription, ...]:
         self._check_events((event,))
         self._know(type(event))
-        subscriptions = self.subscriptions.hearing(type(event))
-        plan = self._plans[type(event)] = _Plan(
-            subscriptions=subscriptions,
-            calls=[(s.handler, s.timeout, s) for s in subscriptions]
-            if all(s.context_parameter is None and s.session_parameter is None for s in subscriptions)
-            else None,
-            needs_session=next((s for s in subscriptions if s.session_parameter is not None), None),
-        )
-        return plan
+        return self.subscriptions.hearing(type(event))
 
-    def _call(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> Callable[[Any], Any]:
-        context = self._context(subscription, event, metadata)
-        return lambda event: subscription.call(event, context, None)
+    def _calls_for(self, event: DomainEvent, metadata: Metadata) -> list[Call]:
+        subscriptions = self._subscriptions_of(event)
+        for subscription in subscriptions:
+            if subscription.session_parameter is not None:
+                raise SessionRequiredError(session_required(subscription, event))
+        calls = [self._call(subscription, event, metadata) for subscription in subscriptions]
+        if all(subscription.context_parameter is None for subscription in subscriptions):
+            self._calls[type(event)] = calls
+        return calls
+
+    def _call(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> Call:
+        handler = subscription.handler
+        if subscription.context_parameter is not None:
+            handler = partial(handler, **{subscription.context_parameter: self._context(subscription, event, metadata)})
+        return handler, subscription.timeout, subscription
 
     def _context(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> EventContext:
         return EventContext(
@@ -151,21 +148,29 @@ class InMemoryEventBus(Subscribing):
         )
 
     def _failed(self, subscription: Subscription, event: DomainEvent, error: BaseException) -> None:
-        self._report(subscription, event, error)
+        try:
+            self._report(subscription, event, error)
+        except Exception:
+            # a logger that raises, or an error that can't be shown, must not reach the publisher or another handler
+            logging.getLogger("whereupon").exception(
+                "event_handler_failed, and could not be logged: %s of %s",
+                subscription.handler_name,
+                type(event).__name__,
+            )
 
     def _ended(self, seat: Seat, error: BaseException | None) -> None:
         if error is not None:
-            self._report(seat.label, seat.argument, error)
+            self._failed(seat.label, seat.argument, error)
 
-    async def _stage(
-        self, events: tuple[DomainEvent, ...], plans: list[_Plan], session: Any, metadata: Metadata
-    ) -> _Receipt:
+    async def _stage(self, events: tuple[DomainEvent, ...], session: Any, metadata: Metadata) -> _Receipt:
         from whereupon import _staging
 
+        self._check_events(events)
+        heard = [(event, self._subscriptions_of(event)) for event in events]
         owner = _staging.async_session(session)
         connection = await owner.run_sync(_staging.connection_of)
-        for event, plan in zip(events, plans, strict=True):
-            inside = [s for s in plan.subscriptions if s.delivery is Delivery.IN_TRANSACTION]
+        for event, subscriptions in heard:
+            inside = [s for s in subscriptions if s.delivery is Delivery.IN_TRANSACTION]
             if inside:
                 await owner.flush()
             for subscription in inside:
@@ -174,8 +179,8 @@ class InMemoryEventBus(Subscribing):
                 if error is not None:
                     if subscription.required:
                         raise error
-                    self._report(subscription, event, error)
-            later = tuple(s for s in plan.subscriptions if s.delivery is not Delivery.IN_TRANSACTION)
+                    self._failed(subscription, event, error)
+            later = tuple(s for s in subscriptions if s.delivery is not Delivery.IN_TRANSACTION)
             base = copy_context()
             base.run(handling.set, (event.event_id, metadata))
             staged = _Staged(event, metadata, base, later, connection.engine, asyncio.get_running_loop())
@@ -195,38 +200,62 @@ class InMemoryEventBus(Subscribing):
                     error_message="the commit was interrupted, so its handlers do not run",
                 )
             return
-        self._scheduled += 1
-        staged[0].loop.call_soon_threadsafe(self._deliver, staged)
+        try:
+            staged[0].loop.call_soon_threadsafe(self._deliver, staged)
+        except RuntimeError:  # the loop was closed
+            self._lost(staged)
+        else:
+            self._due.append(staged)
 
     def _deliver(self, staged: list[_Staged]) -> None:
-        self._scheduled -= 1
+        self._due = [due for due in self._due if due is not staged]
         for item in staged:
-            calls: list[Call] = [(partial(self._deliver_to, s, item), None, s) for s in item.subscriptions]
+            calls = [
+                self._call(s, item.event, item.metadata)
+                if s.session_parameter is None
+                else (partial(self._deliver_to, s, item), s.timeout, s)
+                for s in item.subscriptions
+            ]
             self._runner.start(calls, item.event, item.context, self._failed, self._ended)
 
     async def _deliver_to(self, subscription: Subscription, item: _Staged, event: DomainEvent) -> None:
-        context = self._context(subscription, event, item.metadata)
-        async with asyncio.timeout(subscription.timeout):
-            if subscription.session_parameter is None:
-                await subscription.call(event, context, None)
-                return
-            from whereupon import _staging
+        from whereupon import _staging
 
-            async with _staging.own_session(item.engine) as session, session.begin():
-                with _staging.handed_out(session, subscription.name):
-                    await subscription.call(event, context, session)
+        context = self._context(subscription, event, item.metadata)
+        async with _staging.own_session(item.engine) as session, session.begin():
+            with _staging.handed_out(session, subscription.name):
+                await subscription.call(event, context, session)
+
+    def _lost(self, staged: list[_Staged]) -> None:
+        error = BusStateError("its event loop was closed before it could run")
+        for item in staged:
+            for subscription in item.subscriptions:
+                self._failed(subscription, item.event, error)
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Wait for handlers that run or are due; raises `TimeoutError` if some still run after `timeout` seconds."""
+        """Wait for handlers that run or are due; raises `TimeoutError` if some still run after `timeout` seconds.
+
+        A handler that drains does not wait for itself, but two that do so wait for each other.
+        """
+        loop = asyncio.get_running_loop()
+        self._runner.move_to(loop)
+        lost = [due for due in self._due if due[0].loop.is_closed()]
+        self._due = [due for due in self._due if not due[0].loop.is_closed()]
+        for staged in lost:
+            self._lost(staged)
         async with asyncio.timeout(timeout):
-            while self._scheduled or self._others():
-                await asyncio.sleep(0)
-                if others := self._others():
-                    await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+            while True:
+                if any(due[0].loop is loop for due in self._due):
+                    await asyncio.sleep(0)
+                elif others := self._others():
+                    await asyncio.wait(others)
+                else:
+                    return
 
     def _others(self) -> set[asyncio.Task[None]]:
         """Tasks of handlers, less the one that asks."""
-        return {seat.task for seat in self._runner.running} - {asyncio.current_task()}
+        asking = asyncio.current_task()
+        return {seat.task for seat in self._runner.running if seat.task is not asking}
 
     async def __aenter__(self) -> Self:
         self._closed = False
@@ -239,8 +268,10 @@ class InMemoryEventBus(Subscribing):
         try:
             await self.drain(self._drain_timeout)
         except TimeoutError:
-            if abandoned := self._runner.cancel():
-                await asyncio.wait(abandoned)
+            why = f"it still ran {self._drain_timeout:g} s after the bus began to close, and was cancelled"
+            if abandoned := self._runner.stop(why):
+                await asyncio.wait(abandoned, timeout=self._drain_timeout)
+            self._runner.abandon(why)
         finally:
             self._closed = True
             self._runner.close()
