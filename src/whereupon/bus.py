@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from asyncio import CancelledError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=DomainEvent)
 H = TypeVar("H", bound=Callable[..., Any])
+
+
+class _Missing(enum.Enum):
+    """Tells `subscribe(X)`, the decorator, from `subscribe(X, None)`, a mistake."""
+
+    HANDLER = enum.auto()
 
 
 class Receipt(Protocol):
@@ -128,7 +135,7 @@ class Subscribing:
     ) -> Callable[[Handler[E]], Handler[E]]: ...
 
     def subscribe(
-        self, event_type: type[E], handler: Handler[E] | None = None, /, **options: Any
+        self, event_type: type[E], handler: Handler[E] | _Missing = _Missing.HANDLER, /, **options: Any
     ) -> Callable[[Handler[E]], Handler[E]] | None:
         """Have `handler` hear events of exactly this type; `DomainEvent` hears all of them.
 
@@ -137,14 +144,14 @@ class Subscribing:
         `concurrency` how many calls run at once in one process; `required` makes a failure IN_TRANSACTION raise to the
         publisher. Raises `SubscriptionError` for a handler that could not be called.
         """
-        if handler is None:
+        if handler is _Missing.HANDLER:
 
             def decorate(handler: Handler[E]) -> Handler[E]:
-                self._subscribe(event_type, handler, options)
+                self._subscribe([(event_type, handler)], options)
                 return handler
 
             return decorate
-        self._subscribe(event_type, handler, options)
+        self._subscribe([(event_type, handler)], options)
         return None
 
     def register(self, handlers: object, /, **options: Any) -> None:
@@ -152,18 +159,22 @@ class Subscribing:
 
         `options` are those of `subscribe`, for each of them. Raises `SubscriptionError`, and then subscribes none.
         """
-        found = handlers_of(handlers)
-        trial = Subscriptions()
-        for event_type, method in found:
-            trial.add(event_type, method, **options)
-        for event_type, method in found:
-            self._subscribe(event_type, method, options)
+        self._subscribe(handlers_of(handlers), options)
 
-    def _subscribe(self, event_type: type[DomainEvent], handler: Callable[..., Any], options: dict[str, Any]) -> None:
-        subscription = self.subscriptions.add(event_type, handler, **options)
-        if event_type is not DomainEvent:
-            self._know(event_type)
-        self._subscribed(subscription)
+    def _subscribe(
+        self, found: Iterable[tuple[type[DomainEvent], Callable[..., Any]]], options: dict[str, Any]
+    ) -> None:
+        """All of them or, where one is refused, none."""
+        before = self.subscriptions.snapshot()
+        try:
+            for event_type, handler in found:
+                subscription = self.subscriptions.add(event_type, handler, **options)
+                if event_type is not DomainEvent:
+                    self._know(event_type)
+                self._subscribed(subscription)
+        except BaseException:
+            self.subscriptions.restore(before)
+            raise
 
     def _subscribed(self, subscription: Subscription) -> None:
         """Called for each subscription as it is made or extended."""
@@ -175,7 +186,8 @@ class Subscribing:
             if known is not cls and event_class(stored) is not cls:
                 raise EventDefinitionError(
                     f"this bus knows {known.__module__}.{known.__qualname__} as {stored!r}, and "
-                    f"{cls.__module__}.{cls.__qualname__} would be stored under the same name. Give one a name= of its own"
+                    f"{cls.__module__}.{cls.__qualname__} would be stored under the same name. "
+                    "Give one a name= of its own"
                 )
             self._classes[stored] = cls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import inspect
@@ -51,9 +52,10 @@ class Retry:
     longest: float = 3600.0
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
+        if type(self.max_attempts) is not int or self.max_attempts < 1:
             raise ValueError(
-                f"Retry(max_attempts={self.max_attempts}): a delivery is tried once at least. Use 1 or more"
+                f"Retry(max_attempts={self.max_attempts!r}): a delivery is tried once at least. "
+                "Use a whole number from 1 up"
             )
         if not (0 <= self.first < float("inf") and 0 <= self.longest < float("inf")):
             raise ValueError(f"Retry(first={self.first}, longest={self.longest}): both are seconds, 0 or more")
@@ -63,9 +65,9 @@ class Retry:
     def ceiling(self, attempt: int) -> float:
         """The longest wait, in seconds, after the failure of this attempt (1 for the first)."""
         try:
-            return min(self.longest, self.first * self.factor ** (attempt - 1))
+            return min(self.longest, self.first * float(self.factor) ** (attempt - 1))
         except OverflowError:
-            return self.longest
+            return self.longest if self.first else 0.0
 
     def wait(self, attempt: int) -> float:
         return random.uniform(0, self.ceiling(attempt))
@@ -127,6 +129,16 @@ class Subscriptions:
     def __getitem__(self, name: str) -> Subscription:
         return self._by_name[name]
 
+    def snapshot(self) -> dict[str, tuple[Subscription, set[type[DomainEvent]]]]:
+        return {name: (subscription, set(subscription.event_types)) for name, subscription in self._by_name.items()}
+
+    def restore(self, snapshot: dict[str, tuple[Subscription, set[type[DomainEvent]]]]) -> None:
+        """Be as at the time of that `snapshot`."""
+        for subscription, event_types in snapshot.values():
+            subscription.event_types = event_types
+        self._by_name = {name: subscription for name, (subscription, _) in snapshot.items()}
+        self._hearing.clear()
+
     def hearing(self, event_type: type[DomainEvent]) -> tuple[Subscription, ...]:
         found = self._hearing.get(event_type)
         if found is None:
@@ -145,6 +157,7 @@ class Subscriptions:
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
+        **unknown: object,
     ) -> Subscription:
         """Check everything that can be checked of a subscription, and keep it. Raises `SubscriptionError`."""
         if not isinstance(event_type, EventType):
@@ -158,22 +171,24 @@ class Subscriptions:
                 "Subscribe to the classes made from it, or to DomainEvent, which hears everything"
             )
         handler_name, default_name = _names(handler)
-        name = name or default_name
+        name = default_name if name is None else name
+        if unknown:
+            raise SubscriptionError(
+                f"{name} is subscribed with {', '.join(unknown)}, and there is no such option: "
+                "use name, delivery, retry, timeout, concurrency or required"
+            )
         context_parameter, session_parameter = _inspect(handler, name, event_type)
         recorder = _recorder_of(handler)
-        if delivery is None:
-            delivery = getattr(recorder or getattr(handler, "__self__", handler), "delivery", None)
-        if delivery is None:
-            delivery = Delivery.TRANSACTIONAL if session_parameter else Delivery.DURABLE
-        delivery = Delivery(delivery)
-        _check_options(name, delivery, timeout, concurrency, required, session_parameter)
+        delivery = _delivery(name, delivery, handler, session_parameter)
+        retry = Retry() if retry is None else retry
+        _check_options(name, delivery, retry, timeout, concurrency, required, session_parameter)
         made = Subscription(
             name=name,
             handler=handler,
             handler_name=handler_name,
             event_types={event_type},
             delivery=delivery,
-            retry=retry or Retry(),
+            retry=retry,
             timeout=timeout,
             concurrency=concurrency,
             required=required,
@@ -195,7 +210,21 @@ class Subscriptions:
 def _recorder_of(handler: Any) -> Any:
     """The object that a handler belongs to, where that can write its records with the log itself."""
     owner = getattr(handler, "__self__", handler)
-    return owner if callable(getattr(owner, "record", None)) and hasattr(owner, "delivery") else None
+    cls = type(owner)  # asked of the class: a mock has every attribute
+    return owner if callable(getattr(cls, "record", None)) and hasattr(cls, "delivery") else None
+
+
+def _delivery(name: str, given: Any, handler: Any, session_parameter: str | None) -> Delivery:
+    """How it is served: as given, else as the handler's class says, else by whether it takes a session."""
+    if given is None:
+        given = getattr(type(getattr(handler, "__self__", handler)), "delivery", None)
+    if given is None:
+        return Delivery.TRANSACTIONAL if session_parameter else Delivery.DURABLE
+    try:
+        return Delivery(given)
+    except ValueError:
+        kinds = ", ".join(f"Delivery.{kind.name}" for kind in Delivery)
+        raise SubscriptionError(f"{name} has delivery={given!r}: it is one of {kinds}") from None
 
 
 def _same(known: Subscription, made: Subscription) -> bool:
@@ -226,18 +255,21 @@ def _described(handler: Callable[..., Any]) -> str:
 
 
 def _check_options(
-    name: str,
+    name: Any,
     delivery: Delivery,
-    timeout: float | None,
-    concurrency: int,
+    retry: Any,
+    timeout: Any,
+    concurrency: Any,
     required: bool,
     session_parameter: str | None,
 ) -> None:
-    if not isinstance(name, str) or not name.strip() or len(name) > 200:
-        raise SubscriptionError(f"a subscription is named by text of 1 to 200 characters, not {name!r}")
-    if timeout is not None and not 0 < timeout < float("inf"):
+    if not isinstance(name, str) or not name.strip() or len(name) > 200 or not name.isprintable():
+        raise SubscriptionError(f"a subscription is named by printable text of 1 to 200 characters, not {name!r}")
+    if not isinstance(retry, Retry):
+        raise SubscriptionError(f"{name} has retry={retry!r}: write retry=Retry(max_attempts=…)")
+    if timeout is not None and not (type(timeout) in (int, float) and 0 < timeout < float("inf")):
         raise SubscriptionError(f"{name} has timeout={timeout!r}: it is seconds, more than 0, or None for no limit")
-    if not isinstance(concurrency, int) or concurrency < 1:
+    if type(concurrency) is not int or concurrency < 1:
         raise SubscriptionError(f"{name} has concurrency={concurrency!r}: it is how many run at once, 1 or more")
     if required and delivery is not Delivery.IN_TRANSACTION:
         raise SubscriptionError(
@@ -265,13 +297,11 @@ def _innermost(handler: Any) -> Any:
 def _names(handler: Any) -> tuple[str, str]:
     """The handler's own name, and the one its subscription gets unless told otherwise."""
     inner = _innermost(handler)
-    qualname = getattr(inner, "__qualname__", None)
-    if qualname is None or isinstance(inner, type):
-        qualname = type(inner).__qualname__ if not isinstance(inner, type) else inner.__qualname__
-        short = qualname.rpartition(".")[2]
-        return short, short
+    own, qualname = getattr(inner, "__name__", None), getattr(inner, "__qualname__", None)
+    if not isinstance(own, str) or not isinstance(qualname, str):  # an object with __call__, or a mock
+        own = type(inner).__name__
+        return own, own
     owner = getattr(inner, "__self__", None)
-    own = inner.__name__
     if owner is not None and not isinstance(owner, types.ModuleType):
         cls = owner if isinstance(owner, type) else type(owner)
         return own, cls.__name__ if own == "handle" else f"{cls.__name__}.{own}"
@@ -288,10 +318,11 @@ def _inspect(handler: Any, name: str, event_type: type[DomainEvent]) -> tuple[st
         )
     inner = _innermost(handler)
     function = inner if inspect.isroutine(inner) else type(inner).__call__
+    written = f"async def {_names(handler)[0].replace('<lambda>', 'handler')}"
     if not _is_async(inner) and not _is_async(function):
         raise SubscriptionError(
-            f"{name} is not async, so nobody could await it. Write `async def {_names(handler)[0]}(…)`; a decorator "
-            "around it must be async as well"
+            f"{name} is not async, so nobody could await it. Write `{written}(…)`; a decorator around it must be async "
+            "as well"
         )
     try:
         signature = inspect.signature(handler)
@@ -299,25 +330,42 @@ def _inspect(handler: Any, name: str, event_type: type[DomainEvent]) -> tuple[st
         raise SubscriptionError(f"{name} has no signature to read: {error}") from error
     hints = _hints(inspect.unwrap(function))
     parameters = list(signature.parameters.values())
-    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
-        raise SubscriptionError(
-            f"{name} takes no event: write `async def {_names(handler)[0]}(event: {event_type.__name__})`"
-        )
+    if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        raise SubscriptionError(f"{name} takes no event: write `{written}(event: {event_type.__name__})`")
     first, *rest = parameters
+    if first.name == "self" and inspect.isfunction(inner) and len(parameters) > 1:
+        raise SubscriptionError(
+            f"{name} is a method without its object: subscribe that of an instance, "
+            f"{inner.__qualname__.rpartition('.')[0].rpartition('.')[2] or 'object'}(…).{inner.__name__}"
+        )
     if first.kind is not inspect.Parameter.VAR_POSITIONAL:
         _check_event_annotation(name, hints.get(first.name, first.annotation), event_type)
-    context_parameter = session_parameter = None
+    bound = _bound(handler)
+    found: dict[str, str] = {}
     for parameter in rest:
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue
+        if parameter.name in bound:
+            continue
         meaning = _meaning(hints.get(parameter.name, parameter.annotation))
-        if meaning == "context" and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-            context_parameter = parameter.name
-        elif meaning == "session" and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-            session_parameter = parameter.name
+        if meaning in ("context", "session") and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            if meaning in found:
+                raise SubscriptionError(
+                    f"{name} takes {found[meaning]!r} and {parameter.name!r}, and there is one {meaning}. Drop one"
+                )
+            found[meaning] = parameter.name
         elif parameter.default is inspect.Parameter.empty:
             raise SubscriptionError(_unknown_parameter(name, parameter, meaning))
-    return context_parameter, session_parameter
+    return found.get("context"), found.get("session")
+
+
+def _bound(handler: Any) -> set[str]:
+    """The parameters that `functools.partial` has given a value already."""
+    names: set[str] = set()
+    while isinstance(handler, functools.partial):
+        names |= handler.keywords.keys()
+        handler = handler.func
+    return names
 
 
 def _unknown_parameter(name: str, parameter: inspect.Parameter, meaning: str | None) -> str:
@@ -339,37 +387,58 @@ def _is_async(function: Any) -> bool:
     # a marker that mocks and asyncio's legacy coroutines carry; inspect knows it from 3.12 on
     import asyncio
 
-    return asyncio.iscoroutinefunction(function)
+    return asyncio.iscoroutinefunction(function)  # type: ignore[deprecated]
 
 
 def _hints(function: Any) -> dict[str, Any]:
     """Annotations, resolved where they can be; a name known to type checkers only stays text."""
-    annotations: dict[str, Any] = getattr(function, "__annotations__", None) or {}
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError, SyntaxError):
         pass
     names = dict(getattr(function, "__globals__", {}))
-    closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    if inspect.isfunction(function):
+        with contextlib.suppress(ValueError):  # a name of the function around it that has no value yet
+            names.update(inspect.getclosurevars(function).nonlocals)
     resolved = {}
-    for key, annotation in annotations.items():
+    for key, annotation in _annotations(function).items():
         resolved[key] = annotation
         if isinstance(annotation, str):
             try:
-                resolved[key] = eval(annotation, names, dict(closure))
+                resolved[key] = eval(annotation, names)
             except Exception:
                 continue
     return resolved
 
 
+def _annotations(function: Any) -> dict[str, Any]:
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        return annotationlib.get_annotations(function, format=annotationlib.Format.FORWARDREF)
+    return getattr(function, "__annotations__", None) or {}
+
+
 def _members(hint: Any) -> list[Any]:
+    """The types that a hint allows, less None; names where it is text that can't be resolved."""
     if typing.get_origin(hint) is typing.Annotated:
         return _members(hint.__origin__)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [part for member in typing.get_args(hint) for part in _members(member) if part is not type(None)]
+    if isinstance(hint, typing.ForwardRef):
+        hint = hint.__forward_arg__
     if isinstance(hint, str):
-        return [part.strip().rpartition(".")[2] for part in hint.split("|") if part.strip() != "None"]
+        return _names_in(hint)
     return [hint]
+
+
+def _names_in(annotation: str) -> list[str]:
+    generic, _, inside = annotation.strip().removesuffix("]").partition("[")
+    if generic.rpartition(".")[2] in ("Optional", "Union", "Annotated") and inside:
+        parts = inside.split(",")
+        return [name for part in parts[: 1 if generic.endswith("Annotated") else None] for name in _names_in(part)]
+    parts = [part.strip().strip("\"'") for part in annotation.split("|")]
+    return [part.partition("[")[0].rpartition(".")[2] for part in parts if part not in ("None", "")]
 
 
 def _meaning(hint: Any) -> str | None:
@@ -422,6 +491,8 @@ def handlers_of(handlers: object) -> list[tuple[type[DomainEvent], Callable[...,
     for name in dir(type(handlers)):
         if name != "handle" and not name.startswith("handle_"):
             continue
+        if isinstance(inspect.getattr_static(type(handlers), name), (property, functools.cached_property)):
+            continue  # reading it could do anything
         method = getattr(handlers, name)
         if not callable(method):
             continue
