@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
@@ -16,7 +16,8 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _LONGEST_USER_AGENT: Final = 512
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+_MOST_PROXIES: Final = 32
+_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 class RequestContextMiddleware:
@@ -31,7 +32,9 @@ class RequestContextMiddleware:
 
     def __init__(self, app: Application, trusted_proxies: Iterable[str] = ()) -> None:
         self._app = app
-        self._trusted = [ip_network(proxy) for proxy in trusted_proxies]
+        if isinstance(trusted_proxies, str):
+            raise ValueError(f"trusted_proxies={trusted_proxies!r}: write trusted_proxies=({trusted_proxies!r},)")
+        self._trusted = [_network(proxy) for proxy in trusted_proxies]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -45,11 +48,10 @@ class RequestContextMiddleware:
         for name, value in scope.get("headers") or ():
             headers.setdefault(name.lower(), []).append(value.decode("latin-1"))
         user_agent = _first(headers, b"user-agent")
-        trace = _TRACEPARENT.fullmatch(_first(headers, b"traceparent") or "")
         return Metadata(
             ip_address=self._address(scope, headers.get(b"x-forwarded-for", [])),
-            user_agent=user_agent[:_LONGEST_USER_AGENT] if user_agent else None,
-            trace_id=trace[1] if trace and trace[1] != "0" * 32 else None,
+            user_agent=_printable(user_agent[:_LONGEST_USER_AGENT]) if user_agent else None,
+            trace_id=_trace_id(headers.get(b"traceparent", [])),
             correlation_id=_uuid(_first(headers, b"x-correlation-id")) or _uuid(_first(headers, b"x-request-id")),
         )
 
@@ -61,8 +63,9 @@ class RequestContextMiddleware:
         if not self._is_trusted(peer):
             return str(peer)
         nearest = peer
-        for entry in reversed(",".join(forwarded).split(",")):
-            address = _parsed(entry.strip())
+        entries = [entry.strip() for entry in ",".join(forwarded).rsplit(",", _MOST_PROXIES)[-_MOST_PROXIES:]]
+        for entry in reversed(list(filter(None, entries))):
+            address = _parsed(entry)
             if address is None:
                 break  # what stands left of garbage was vouched for by nobody
             nearest = address
@@ -72,6 +75,25 @@ class RequestContextMiddleware:
 
     def _is_trusted(self, address: IPv4Address | IPv6Address) -> bool:
         return any(address.version == network.version and address in network for network in self._trusted)
+
+
+def _network(proxy: str) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(proxy)
+    except ValueError as error:
+        raise ValueError(f"trusted_proxies has {proxy!r}: {error}. Write it as 10.0.0.0/8 or 10.0.0.1") from None
+
+
+def _trace_id(headers: list[str]) -> str | None:
+    """The trace id of a `traceparent` as W3C's Trace Context has it; version 00 ends after the flags."""
+    found = _TRACEPARENT.fullmatch(headers[0]) if len(headers) == 1 else None
+    if found is None or (found[1] == "00" and found[3] is not None):
+        return None
+    return found[2]
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _first(headers: dict[bytes, list[str]], name: bytes) -> str | None:
@@ -92,7 +114,7 @@ def _parsed(text: str) -> IPv4Address | IPv6Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        address = ip_address(text)
+        address = ip_address(text.partition("%")[0])  # a zone means something on its own machine only
     except ValueError:
         return None
     return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
