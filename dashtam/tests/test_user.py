@@ -19,6 +19,7 @@ def test_a_user_is_made_with_the_address_as_it_is_written_to() -> None:
         "ada@example.com\r\nBcc: eve@example.com",
         "ada\x00@example.com",
         "<script>@example.com",
+        "\ud800@example.com",
         "a" * 65 + "@example.com",
     ],
 )
@@ -34,6 +35,7 @@ def test_an_address_nobody_can_be_written_to_is_refused(email: str) -> None:
         ("short 7", "10 characters or more"),
         ("nothingbutletters", "something that is none"),
         ("0123456789", "letters"),
+        ("half a pair \ud800", "whole characters"),
         ("ADA.lovelace@example.com", "not the email address"),
         ("a1" * 501, "1000 characters at most"),
     ],

@@ -15,16 +15,16 @@ class NotificationEventHandler:
 
     async def handle_account_created(self, event: AccountCreated, context: EventContext) -> None:
         message = f"Your {event.account_type} account has been created!"
-        if self._notifier is not None:
-            await self._notifier.notify(
-                Notification(
-                    user_id=event.user_id,
-                    kind="account_created",
-                    message=message,
-                    key=context.idempotency_key,
-                    created_at=event.occurred_at,
-                )
+        if self._notifier is not None and not await self._notifier.notify(
+            Notification(
+                user_id=event.user_id,
+                kind="account_created",
+                message=message,
+                key=context.idempotency_key,
+                created_at=event.occurred_at,
             )
+        ):
+            return
         self._logger.info(
             "user_notified",
             channel=None if self._notifier is None else "inbox",

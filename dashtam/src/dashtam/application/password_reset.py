@@ -18,7 +18,7 @@ class PasswordResetService:
     async def reset_password(self, user_id: UUID, new_password: str) -> Result[None, UserNotFound | WeakPassword]:
         """As an administrator does it: whoever calls this has checked that they may."""
         async with self._database.get_session() as session:
-            user = await self._users.find_by_id(user_id)
+            user = await self._users.find_by_id(user_id, for_update=True)
             if user is None:
                 return Failure(UserNotFound())
             try:

@@ -18,9 +18,9 @@ class Notification:
 
 
 class Notifier(Protocol):
-    """Brings a notification to its user; one that was brought already (by its key) is not brought again."""
-
-    async def notify(self, notification: Notification) -> None: ...
+    async def notify(self, notification: Notification) -> bool:
+        """Bring it to its user; False if it was brought before (by its key), or the user wants none."""
+        ...
 
 
 class NotificationInbox(Protocol):

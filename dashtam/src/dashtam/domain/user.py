@@ -78,7 +78,9 @@ class UserRepository(Protocol):
         """Raises `EmailTaken`; the transaction can't be used any further then."""
         ...
 
-    async def find_by_id(self, user_id: UUID) -> User | None: ...
+    async def find_by_id(self, user_id: UUID, *, for_update: bool = False) -> User | None:
+        """`for_update`: nobody else changes this user until the caller's transaction ends."""
+        ...
 
     async def find_by_email(self, email: str) -> User | None:
         """Upper and lower case are the same to it."""
@@ -97,6 +99,8 @@ def _refuse_weak(password: str, email: str) -> None:
         raise WeakPassword(f"A password has {SHORTEST_PASSWORD} characters or more.")
     if len(password) > LONGEST_PASSWORD:
         raise WeakPassword(f"A password has {LONGEST_PASSWORD} characters at most.")
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in password):
+        raise WeakPassword("A password is made of whole characters.")
     if password.isalpha() or not any(character.isalpha() for character in password):
         raise WeakPassword("A password has letters, and something that is none.")
     if password.casefold() == email.casefold():
