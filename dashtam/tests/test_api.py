@@ -1,0 +1,106 @@
+"""What the API makes of requests that are not as they should be."""
+
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import pytest
+from served import Served, served
+
+pytestmark = pytest.mark.integration
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"", 422, "invalid"),
+        (b"{", 400, "malformed_json"),
+        (b"\xff\xfe", 400, "malformed_json"),
+        (b"[]", 422, "invalid"),
+        (b"null", 422, "invalid"),
+        (b'{"email": "ada@example.com"}', 422, "invalid"),
+        (b'{"email": 7, "password": "tr0ub4dor and 3"}', 422, "invalid"),
+        (b'{"email": "\\ud800@example.com", "password": "tr0ub4dor and 3"}', 422, "invalid"),
+        (b'{"email": "' + b"a" * 300 + b'@example.com", "password": "tr0ub4dor and 3"}', 422, "invalid"),
+        (b'{"email": "ada@example.com", "password": "' + b"tr0ub4dor" * 200 + b'"}', 422, "invalid"),
+        (b'{"email": "ada@example.com", "password": "tr0ub4dor and 3", "admin": true}', 422, "invalid"),
+        (b"[" * 30_000, 400, None),
+    ],
+)
+async def test_a_body_that_is_no_registration_is_a_problem_and_no_attempt(
+    sqlite_url: str, body: bytes, status: int, reason: str | None
+) -> None:
+    async with served(sqlite_url) as dashtam:
+        response = await dashtam.http.post("/users", content=body, headers=JSON)
+
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/problem+json"
+        problem = response.json()
+        assert problem["status"] == status
+        assert problem.get("reason") == reason
+        assert "tr0ub4dor" not in response.text
+        assert dashtam.output.getvalue() == ""
+
+
+async def test_a_problem_points_at_what_is_wrong(sqlite_url: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        response = await dashtam.http.post("/users", json={"password": "tr0ub4dor and 3"})
+        assert response.json()["invalid"] == [{"pointer": "/email", "detail": "Field required"}]
+
+
+async def chunks(size: int) -> AsyncIterator[bytes]:
+    for _ in range(size // 1024):
+        yield b"x" * 1024
+
+
+async def test_a_body_that_is_too_large_is_refused_however_it_comes(sqlite_url: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        for content in (b"x" * (64 * 1024 + 1), chunks(128 * 1024)):
+            response = await dashtam.http.post("/users", content=content, headers=JSON)
+            assert response.status_code == 413
+            assert response.headers["content-type"] == "application/problem+json"
+        fits = b'{"email": "ada@example.com", "password": "correct horse 7"}'.ljust(64 * 1024)
+        assert (await dashtam.http.post("/users", content=fits, headers=JSON)).status_code == 201
+
+
+@pytest.mark.parametrize("what", ["", "/settings", "/audit", "/notifications"])
+async def test_nobody_is_found_under_an_id_that_nobody_has(sqlite_url: str, what: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        unknown = await dashtam.http.get(f"/users/{uuid4()}{what}")
+        assert (unknown.status_code, unknown.json()["reason"]) == (404, "user_not_found")
+        no_id = await dashtam.http.get(f"/users/ada{what}")
+        assert (no_id.status_code, no_id.json()["invalid"][0]["pointer"]) == (422, "user_id")
+
+
+async def test_an_unknown_path_is_a_problem_too(sqlite_url: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        for response in (await dashtam.http.get("/nowhere"), await dashtam.http.delete("/users")):
+            assert response.status_code in (404, 405)
+            assert response.headers["content-type"] == "application/problem+json"
+
+
+async def test_lists_are_as_long_as_asked_for(sqlite_url: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        user_id = (await dashtam.register("ada@example.com")).json()["user_id"]
+        assert len((await dashtam.http.get(f"/users/{user_id}/audit?limit=1")).json()) == 1
+        for limit in ("0", "1001", "many"):
+            assert (await dashtam.http.get(f"/users/{user_id}/audit?limit={limit}")).status_code == 422
+
+
+async def healthy(dashtam: Served) -> int:
+    return (await dashtam.http.get("/health")).status_code
+
+
+async def test_dashtam_is_healthy_while_its_database_answers(sqlite_url: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        assert await healthy(dashtam) == 200
+
+
+async def test_the_api_describes_itself_and_its_problems(sqlite_url: str) -> None:
+    async with served(sqlite_url) as dashtam:
+        document = (await dashtam.http.get("/openapi.json")).json()
+        responses = document["paths"]["/users"]["post"]["responses"]
+        assert set(responses) == {"201", "400", "409", "413", "422"}
+        assert all("application/problem+json" in responses[status]["content"] for status in ("409", "422"))
+        assert (await dashtam.http.get("/docs")).status_code == 200

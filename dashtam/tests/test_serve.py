@@ -1,0 +1,66 @@
+"""Dashtam as a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from served import eventually
+
+pytestmark = pytest.mark.integration
+
+
+@contextmanager
+def serving(port: int, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "dashtam", "serve", "--port", str(port)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=os.environ | environment, text=True, **output) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+async def answers(process: subprocess.Popen[str], url: str) -> bool:
+    assert process.poll() is None, process.communicate()[0]
+    try:
+        async with httpx.AsyncClient() as http:
+            return (await http.get(f"{url}/health")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+async def test_dashtam_registers_people_and_stops_when_asked_to(
+    sqlite_url: str, unused_tcp_port: int, asked: signal.Signals
+) -> None:
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    with serving(unused_tcp_port, DASHTAM_DATABASE_URL=sqlite_url, DASHTAM_LOG_FORMAT="console") as process:
+        await eventually(lambda: answers(process, url))
+        async with httpx.AsyncClient(base_url=url) as http:
+            person = {"email": "ada@example.com", "password": "correct horse 7"}
+            user_id = (await http.post("/users", json=person)).json()["user_id"]
+            (record,) = (await http.get(f"/users/{user_id}/audit")).json()
+            assert record["ip_address"] == "127.0.0.1"
+        process.send_signal(asked)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert "user_registration_succeeded" in output
+    assert "never awaited" not in output
+    assert "Exception ignored" not in output
+
+
+async def test_a_port_that_is_taken_is_an_error(tmp_path: Path, unused_tcp_port: int) -> None:
+    first = f"sqlite+aiosqlite:///{tmp_path}/first.db"
+    second = f"sqlite+aiosqlite:///{tmp_path}/second.db"
+    with serving(unused_tcp_port, DASHTAM_DATABASE_URL=first) as process:
+        await eventually(lambda: answers(process, f"http://127.0.0.1:{unused_tcp_port}"))
+        with serving(unused_tcp_port, DASHTAM_DATABASE_URL=second) as other:
+            output, _ = other.communicate(timeout=30)
+    assert other.returncode > 0
+    assert "address already in use" in output
