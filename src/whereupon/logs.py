@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 from typing import Any, Final, Protocol, cast
 
 import msgspec
@@ -10,6 +11,10 @@ import msgspec
 from whereupon.event import DomainEvent, Outcome
 
 _RESERVED: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_OF_LOGGERS: Final = frozenset(
+    {"self", "event", "level", "timestamp", "logger", "exc_info", "stack_info", "positional_args"}
+)
+"""Keywords that structlog and its processors use themselves."""
 
 
 class Logger(Protocol):
@@ -45,11 +50,21 @@ class _StandardLogger:
 
 
 def logger_of(logger: Any) -> Logger:
-    """`logger` as whereupon calls it; None is the standard library's `whereupon` logger."""
+    """`logger` as whereupon calls it; None is the standard library's `whereupon` logger.
+
+    Raises `TypeError` for what is no logger.
+    """
     if logger is None:
         logger = logging.getLogger("whereupon")
     if isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
         return _StandardLogger(logger)
+    if isinstance(logger, ModuleType) or not all(
+        callable(getattr(logger, level, None)) for level in ("info", "warning", "error")
+    ):
+        raise TypeError(
+            f"logger={logger!r} is no logger: give structlog.get_logger(), logging.getLogger(…), or an object with "
+            "info, warning and error that take a name and keywords"
+        )
     return cast("Logger", logger)
 
 
@@ -64,7 +79,9 @@ class LoggingEventHandler:
 
     async def handle(self, event: DomainEvent) -> None:
         definition = type(event).__event__
-        details = {name: _plain(getattr(event, name)) for name in definition.fields}
+        details = {
+            f"{name}_" if name in _OF_LOGGERS else name: _plain(getattr(event, name)) for name in definition.fields
+        }
         if definition.category is not None:
             details.setdefault("category", definition.category)
         log = self._logger.warning if definition.outcome is Outcome.FAILED else self._logger.info
@@ -72,4 +89,4 @@ class LoggingEventHandler:
 
 
 def _plain(value: Any) -> Any:
-    return msgspec.to_builtins(value, str_keys=True)
+    return msgspec.to_builtins(value, str_keys=True, enc_hook=repr)
