@@ -1,8 +1,8 @@
 """The usage guide's code, block by block as it is printed there, and what must become of each.
 
-A block is a file of this folder; nothing of it is edited. Before it runs, its import lines are replaced as `imports.CHANGED`
-says, the imports that it leaves out are put before it (`imports.ADDED`), and it finds the names that it leaves to its
-surroundings in the namespace that a test gives it.
+A block is a file of this folder; nothing of it is edited. Before it runs, its import lines are replaced as
+`imports.CHANGED` says, the imports that it leaves out are put before it (`imports.ADDED`), and a test gives it whatever
+else it leaves to its surroundings.
 """
 
 import ast
@@ -10,7 +10,7 @@ import enum
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -68,7 +68,7 @@ class Block:
         return Filled(self.name, self.source, fill(self.source))
 
     def statements(self) -> list[CodeType]:
-        return statements(self.source, self.path.name)
+        return statements(self.source, str(self.path))
 
     def namespace(self, **surroundings: Any) -> dict[str, Any]:
         """Where it runs: its added imports, and what it leaves to its surroundings."""
@@ -79,6 +79,14 @@ class Block:
     async def run(self, **surroundings: Any) -> dict[str, Any]:
         """Run it from the first line to the last; return the names it knows then."""
         return await run(self.statements(), self.namespace(**surroundings))
+
+    def test(self, name: str) -> Callable[..., Coroutine[Any, Any, None]]:
+        """The test that it defines, for pytest to collect."""
+        names = self.namespace()
+        for statement in self.statements():
+            exec(statement, names)
+        defined: Callable[..., Coroutine[Any, Any, None]] = names[name]
+        return defined
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,7 @@ BLOCKS = (
         Becomes.RECORD,
         (
             "test_one_bus_serves_one_event_loop_after_the_other",
-            "test_a_bus_that_nobody_starts_audits_on_one_event_loop_after_the_other",
+            "test_a_bus_that_only_publishes_audits_on_one_event_loop_after_the_other",
         ),
     ),
     Block(
