@@ -4,7 +4,9 @@ from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
-from served import Served, served
+from served import served
+from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 pytestmark = pytest.mark.integration
 
@@ -88,13 +90,25 @@ async def test_lists_are_as_long_as_asked_for(sqlite_url: str) -> None:
             assert (await dashtam.http.get(f"/users/{user_id}/audit?limit={limit}")).status_code == 422
 
 
-async def healthy(dashtam: Served) -> int:
-    return (await dashtam.http.get("/health")).status_code
+async def test_dashtam_is_healthy_while_its_database_answers(postgres_url: str) -> None:
+    url = make_url(postgres_url)
+    elsewhere = create_async_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    cut_off = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+    try:
+        async with served(postgres_url) as dashtam, elsewhere.connect() as server:
+            assert (await dashtam.http.get("/health")).json() == {"status": "ok"}
 
+            await server.execute(text(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS false'))
+            await server.execute(text(cut_off), {"name": url.database})
+            ill = await dashtam.http.get("/health")
+            assert (ill.status_code, ill.json()["reason"]) == (503, "database_unavailable")
 
-async def test_dashtam_is_healthy_while_its_database_answers(sqlite_url: str) -> None:
-    async with served(sqlite_url) as dashtam:
-        assert await healthy(dashtam) == 200
+            await server.execute(text(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS true'))
+            assert (await dashtam.http.get("/health")).status_code == 200
+            assert (await dashtam.register("ada@example.com")).status_code == 201
+            await dashtam.mail.message_to("ada@example.com")
+    finally:
+        await elsewhere.dispose()
 
 
 async def test_the_api_describes_itself_and_its_problems(sqlite_url: str) -> None:
