@@ -226,20 +226,19 @@ INSERT INTO whereupon_meta (key, value) VALUES ('revision', '1'), ('database_id'
 
 
 def upgrade() -> None:
-    connection = op.get_bind()
-    if connection.dialect.name == "postgresql":
+    dialect = op.get_context().dialect.name
+    if dialect == "postgresql":
         script = _POSTGRESQL
-    elif connection.dialect.name == "sqlite":
+    elif dialect == "sqlite":
         script = _SQLITE
     else:
-        raise NotImplementedError(f"whereupon has tables for PostgreSQL and SQLite, not for {connection.dialect.name}")
+        raise NotImplementedError(f"whereupon has tables for PostgreSQL and SQLite, not for {dialect}")
     for statement in script.strip().split("\n\n"):
-        connection.exec_driver_sql(statement)
+        op.execute(statement)
 
 
 def downgrade() -> None:
-    connection = op.get_bind()
     for table in ("audit", "history", "exception", "cursor", "log", "meta"):
         op.drop_table(f"whereupon_{table}")
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("DROP FUNCTION whereupon_audit_refuses()")
+    if op.get_context().dialect.name == "postgresql":
+        op.execute("DROP FUNCTION whereupon_audit_refuses()")
