@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -86,15 +86,16 @@ def provide_postgres() -> PostgresServer:
         ) from error
 
 
-def start_postgres(binaries: Iterable[Path] | None = None) -> PostgresServer:
+def start_postgres(binaries: Iterable[Path] | None = None, settings: Mapping[str, str] | None = None) -> PostgresServer:
     """A server of our own on a free port of 127.0.0.1, durable as in production, its data in a new folder.
 
-    It runs until `stop` is called or this process ends. Raises `PostgresUnavailable`.
+    `settings` are added to its configuration. It runs until `stop` is called or this process ends. Raises
+    `PostgresUnavailable`.
     """
     complaints: list[str] = []
     for folder in binary_folders() if binaries is None else binaries:
         try:
-            return _start(folder)
+            return _start(folder, settings or {})
         except PostgresUnavailable as error:
             complaints.append(f"{folder}: {error}")
     raise PostgresUnavailable("; ".join(complaints) or "no PostgreSQL binaries on this machine")
@@ -117,16 +118,16 @@ def binary_folders() -> Iterator[Path]:
             yield folder
 
 
-def _start(binaries: Path) -> PostgresServer:
+def _start(binaries: Path, more: Mapping[str, str]) -> PostgresServer:
     folder = Path(tempfile.mkdtemp(prefix="whereupon-postgres-"))
     try:
-        return _start_in(folder, binaries)
+        return _start_in(folder, binaries, more)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _start_in(folder: Path, binaries: Path) -> PostgresServer:
+def _start_in(folder: Path, binaries: Path, more: Mapping[str, str]) -> PostgresServer:
     data, log = folder / "data", folder / "server.log"
     # PostgreSQL refuses to run as root. In a user namespace of its own it sees itself as nobody, while its
     # files stay ours: no account is added and no folder opened to others.
@@ -153,6 +154,7 @@ def _start_in(folder: Path, binaries: Path) -> PostgresServer:
         "max_connections": "200",
         "fsync": "on",
         "synchronous_commit": "on",
+        **more,
     }
     postgres = [*as_nobody, str(binaries / "postgres"), "-D", str(data)]
     postgres += [f"--{name}={value}" for name, value in settings.items()]
@@ -179,11 +181,7 @@ def _start_in(folder: Path, binaries: Path) -> PostgresServer:
         if ended or time.monotonic() > give_up:
             said = log.read_text(errors="replace").strip()
             stop()
-            what = (
-                "ended right after its start"
-                if ended
-                else f"gave no answer in {_START_WITHIN:.0f} s: {refusal}"
-            )
+            what = "ended right after its start" if ended else f"gave no answer in {_START_WITHIN:.0f} s: {refusal}"
             raise PostgresUnavailable(f"postgres {what}; it said: {said or 'nothing'}")
         time.sleep(0.02)
     return PostgresServer(url, stop)
@@ -239,9 +237,7 @@ def _refusal(url: str) -> str | None:
     try:
         with _connect(url) as connection:
             if connection.info.server_version < _OLDEST:
-                return (
-                    f"it is PostgreSQL {connection.info.server_version // 10_000}, the tests need 13 or newer"
-                )
+                return f"it is PostgreSQL {connection.info.server_version // 10_000}, the tests need 13 or newer"
             allowed = connection.execute(
                 "SELECT rolcreatedb OR rolsuper FROM pg_roles WHERE rolname = current_user"
             ).fetchone()
