@@ -1,12 +1,12 @@
 """Ties events to the SQL transaction that they are published in.
 
 Staged events live with the *connection*, not with the session: its savepoints, its commit and its rollback decide what
-becomes of them. So a session with a transaction of its own, one that joined a connection's transaction and one that joined
-by a savepoint all mean the same thing by "commit". Just before the outermost COMMIT each bus writes what was staged; once
-it is known to have happened, each bus is told.
+becomes of them. So a session with a transaction of its own, one that joined a connection's transaction and one that
+joined by a savepoint all mean the same thing by "commit". Just before the outermost COMMIT each bus writes what was
+staged; once it is known to have happened, each bus is told.
 
 SQLAlchemy reports a commit before it happens, on the connection, and after it, on the session. For a session that does
-not own its transaction nobody reports the end; it is concluded when the connection is used or given back without an error.
+not own its transaction nobody reports the end; it is concluded once the connection is no longer in that transaction.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -116,19 +117,29 @@ def sync_session(session: Any) -> Session:
 def connection_of(session: Session) -> Connection:
     """The session's connection, in a transaction, with that transaction watched. Runs in SQLAlchemy's greenlet."""
     connection = session.connection()
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+    level = connection.get_execution_options().get("isolation_level", connection.dialect._on_connect_isolation_level)
+    if level == "AUTOCOMMIT":
         raise PublishError(
             "the session's connection is in AUTOCOMMIT: each statement commits by itself, so no event could commit "
             "together with the change. Publish on a session of an engine with transactions"
         )
     watch(connection.engine)
-    if connection.dialect.name == "sqlite":
-        driver = connection.connection.dbapi_connection
-        # The sqlite3 module begins a transaction at the first write only: a SAVEPOINT before that would be the
-        # outermost transaction, and its RELEASE a commit.
-        if driver is not None and not getattr(driver, "driver_connection", driver).in_transaction:
-            connection.exec_driver_sql("BEGIN")
+    _begin_on_sqlite(connection)
     return connection
+
+
+def _begin_on_sqlite(connection: Connection) -> None:
+    """Begin what SQLAlchemy has begun, where the driver would wait for the first write.
+
+    A SAVEPOINT before that would be the outermost transaction, and its RELEASE a commit.
+    """
+    if connection.dialect.name == "sqlite" and not _driver_of(connection).in_transaction:
+        connection.exec_driver_sql("BEGIN")
+
+
+def _driver_of(connection: Connection) -> Any:
+    """The connection of sqlite3 or aiosqlite; both say `in_transaction` and `total_changes`."""
+    return connection.connection.driver_connection
 
 
 def stage(session: Session, connection: Connection, participant: Participant, items: list[Any]) -> None:
@@ -148,7 +159,7 @@ def stage(session: Session, connection: Connection, participant: Participant, it
 
 
 def _transaction_of(connection: Connection) -> _Transaction:
-    transaction = connection.info.get(_KEY)
+    transaction = _current(connection)
     if transaction is None or transaction.phase is _Phase.OVER:
         transaction = connection.info[_KEY] = _Transaction()
     return transaction
@@ -180,14 +191,20 @@ def watch(engine: Engine) -> None:
 
 
 def _savepoint(connection: Connection, name: str | None) -> None:
+    _begin_on_sqlite(connection)
     transaction = _transaction_of(connection)
     if name is None:  # reported before SQLAlchemy has named it, after the number that it takes next
         name = f"sa_savepoint_{connection._Connection__savepoint_seq + 1}"  # type: ignore[attr-defined]
     transaction.savepoints[name] = len(transaction.staged)
 
 
+def _current(connection: Connection) -> _Transaction | None:
+    """What is staged on a connection; a connection that broke has lost it, and says no more."""
+    return None if connection.invalidated else connection.info.get(_KEY)
+
+
 def _rollback_savepoint(connection: Connection, name: str, context: Any) -> None:
-    transaction = connection.info.get(_KEY)
+    transaction = _current(connection)
     if transaction is not None:
         # a savepoint older than our watching is older than anything staged, too
         del transaction.staged[transaction.savepoints.get(name, 0) :]
@@ -195,28 +212,48 @@ def _rollback_savepoint(connection: Connection, name: str, context: Any) -> None
 
 
 def _release_savepoint(connection: Connection, name: str, context: Any) -> None:
-    transaction = connection.info.get(_KEY)
+    transaction = _current(connection)
     if transaction is not None:
         transaction.forget_savepoint(name)
 
 
 def _commit(connection: Connection) -> None:
-    transaction = connection.info.get(_KEY)
+    transaction = _current(connection)
     if transaction is not None and transaction.phase is _Phase.OPEN:
-        if transaction.staged:
+        try:
             transaction.write(connection)
+        except BaseException:
+            transaction.phase = _Phase.OVER
+            # SQLAlchemy takes a commit that failed for one that was tried: it would never roll the change back
+            if not connection.invalidated:
+                connection.dialect.do_rollback(connection.connection)
+            raise
         transaction.phase = _Phase.COMMITTING
+        if transaction.staged and not transaction.owned:
+            with contextlib.suppress(RuntimeError):  # without a loop there is nobody to tell early
+                asyncio.get_running_loop().call_soon(
+                    _look, connection, connection.get_transaction(), transaction, 0.001
+                )
+
+
+def _look(connection: Connection, committing: Any, transaction: _Transaction, wait: float) -> None:
+    """Conclude a commit that no session tells of, soon after it has happened."""
+    if transaction.phase is _Phase.COMMITTING:
+        if connection.get_transaction() is not committing:  # it stays, where the commit failed
+            transaction.end(certain=True)
+        else:
+            asyncio.get_running_loop().call_later(wait, _look, connection, committing, transaction, min(2 * wait, 0.05))
 
 
 def _prepare_twophase(connection: Connection, xid: Any) -> None:
-    transaction = connection.info.get(_KEY)
+    transaction = _current(connection)
     if transaction is not None and transaction.phase is _Phase.OPEN:
         transaction.write(connection)
         transaction.phase = _Phase.PREPARED
 
 
 def _commit_twophase(connection: Connection, xid: Any, is_prepared: bool) -> None:
-    transaction = connection.info.get(_KEY)
+    transaction = _current(connection)
     if transaction is None:
         return
     if not is_prepared and transaction.phase is _Phase.OPEN:
@@ -229,7 +266,7 @@ def _rollback_twophase(connection: Connection, xid: Any, is_prepared: bool) -> N
 
 
 def _rollback(connection: Connection) -> None:
-    transaction = connection.info.pop(_KEY, None)
+    transaction = _current(connection)
     if transaction is not None:
         transaction.phase = _Phase.OVER
 
@@ -260,10 +297,10 @@ def _note_writer(connection: Connection) -> None:
         task = asyncio.current_task()
     except RuntimeError:
         return
-    driver = getattr(connection.connection, "driver_connection", None)
-    if task is None or driver is None:
+    if task is None:
         return
-    noted = [writer for writer in _writers.get(task, ()) if _is_open(writer)]
+    driver = _driver_of(connection)
+    noted = [writer for writer in _writers.get(task, ()) if _is_open(writer) and writer.driver() is not driver]
     noted.append(_Writer(weakref.ref(root_of(connection.engine)), weakref.ref(driver), driver.total_changes))
     _writers[task] = noted
 
@@ -276,16 +313,17 @@ def _is_open(writer: _Writer) -> bool:
         return False
 
 
-def task_is_writing(engine: Engine) -> bool:
-    """Whether the current task holds SQLite's write lock, in an open transaction on this engine."""
+def task_has_transaction(engine: Engine, *, writing: bool) -> bool:
+    """Whether the current task has a transaction open on this SQLite engine, or one that has changed something."""
     task = asyncio.current_task()
     if task is None:
         return False
     for writer in _writers.get(task, ()):
         driver = writer.driver()
-        if driver is not None and writer.engine() is root_of(engine) and _is_open(writer):
-            if driver.total_changes != writer.changes:
-                return True
+        if driver is None or writer.engine() is not root_of(engine) or not _is_open(writer):
+            continue
+        if not writing or driver.total_changes != writer.changes:
+            return True
     return False
 
 
@@ -310,7 +348,10 @@ def _handle_error(context: ExceptionContext) -> None:
     transaction = info.get(_KEY)
     if transaction is not None and transaction.phase is _Phase.COMMITTING:
         info.pop(_KEY)
-        transaction.end(certain=False)
+        if isinstance(context.sqlalchemy_exception, DBAPIError) and not context.is_disconnect:
+            transaction.phase = _Phase.OVER  # the database itself refused
+        else:
+            transaction.end(certain=False)
 
 
 @event.listens_for(Session, "after_commit")
@@ -339,17 +380,23 @@ def handed_out(session: AsyncSession, handler: str) -> Iterator[None]:
 
         return refuse
 
-    parts = (session, session.sync_session)
+    def begin(nested: bool = False) -> Any:
+        return beginning(nested=True) if nested else refusing("begin")()  # leaving `begin` would commit
+
+    parts: tuple[AsyncSession | Session, ...] = (session, session.sync_session)
+    before = [dict(part.__dict__) for part in parts]  # another handler may be in its midst, and this one a part of it
+    beginning = session.sync_session.begin
     for part in parts:
-        for verb in _ENDING:
-            if hasattr(type(part), verb):
-                part.__dict__[verb] = refusing(verb)
+        part.__dict__.update({verb: refusing(verb) for verb in _ENDING if hasattr(type(part), verb)})
+    session.sync_session.__dict__["begin"] = begin
     try:
         yield
     finally:
-        for part in parts:
-            for verb in _ENDING:
+        for part, attributes in zip(parts, before, strict=True):
+            for verb in (*_ENDING, "begin"):
                 part.__dict__.pop(verb, None)
+                if verb in attributes:
+                    part.__dict__[verb] = attributes[verb]
 
 
 @contextlib.asynccontextmanager
@@ -371,29 +418,28 @@ async def run_inside(
     """
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
-    savepoint = await session.begin_nested()
     limit = asyncio.timeout(subscription.timeout)
     token = handling.set(handled)
     failure: Exception | CancelledError
     try:
-        with handed_out(session, subscription.name):
-            async with limit:
-                await call()
-        await savepoint.commit()
+        async with session.begin_nested():
+            with handed_out(session, subscription.name):
+                async with limit:
+                    await call()
     except CancelledError as error:
         if task is not None and task.cancelling() > cancelling:
             raise
         failure = error
-    except TimeoutError as error:
-        failure = error
-        if limit.expired():
-            failure = HandlerTimeout(f"it ran longer than its {subscription.timeout:g} s and was cancelled")
     except Exception as error:
         failure = error
+        if isinstance(error, TimeoutError) and limit.expired():
+            failure = HandlerTimeout(
+                f"{subscription.name} ran longer than its {subscription.timeout:g} s, and was cancelled"
+            )
     else:
         return None
     finally:
         handling.reset(token)
-    if savepoint.is_active:
-        await savepoint.rollback()
+    if not session.is_active or (await session.connection()).invalidated:
+        raise failure  # cut off in the midst of a statement, it took the connection and the whole transaction along
     return failure

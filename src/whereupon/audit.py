@@ -31,14 +31,17 @@ class AuditEventHandler:
     delivery = Delivery.IN_TRANSACTION
 
     async def handle(self, event: DomainEvent, context: EventContext, session: AsyncSession) -> None:
-        if type(event).__event__.audit is not None:
-            await session.execute(insert(audit_log), [_row(event, context.metadata)])
+        row = self.prepare(event, context.metadata)
+        if row is not None:
+            await session.execute(insert(audit_log), [row])
 
-    def record(self, connection: Connection, published: Sequence[tuple[DomainEvent, Metadata]]) -> None:
-        """Write the rows of these events in the connection's transaction; called by the bus just before the commit."""
-        rows = [_row(event, metadata) for event, metadata in published if type(event).__event__.audit is not None]
-        if rows:
-            connection.execute(insert(audit_log), rows)
+    def prepare(self, event: DomainEvent, metadata: Metadata) -> dict[str, Any] | None:
+        """The row of an event that is being published; the bus writes it with `record`."""
+        return None if type(event).__event__.audit is None else _row(event, metadata)
+
+    def record(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows in the connection's transaction; called by the bus just before the commit."""
+        connection.execute(insert(audit_log), rows)
 
 
 def _row(event: DomainEvent, metadata: Metadata) -> dict[str, Any]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import logging
 import os
+import re
 import tempfile
+import traceback
 import weakref
 from asyncio import AbstractEventLoop
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 from uuid import UUID
 
 from sqlalchemy import URL, Connection, Engine, inspect, make_url, select
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
@@ -33,14 +38,16 @@ from whereupon.codec import Codec, JsonCodec
 from whereupon.context import EventContext, Metadata, encode_metadata, handling, metadata_for
 from whereupon.errors import (
     BusStateError,
+    Discard,
     ForeignSessionError,
     PublishError,
+    RetryLater,
     SessionRequiredError,
     UnsupportedDatabaseError,
 )
 from whereupon.event import DomainEvent, event_class
 from whereupon.memory import session_required
-from whereupon.store import DEAD, OPEN, RETRYING, DeliveryState, Failure, Record, Row, Store
+from whereupon.store import DEAD, OPEN, RETRYING, SKIPPED, DeliveryState, Failure, Record, Row, Store
 from whereupon.subscription import Delivery, Subscription
 from whereupon.worker import Worker
 
@@ -57,9 +64,27 @@ class _Staged:
     event: DomainEvent
     metadata: Metadata
     payload: bytes
+    headers: str
     context: Context
     ran: list[str] = field(default_factory=list)
+    """The IN_TRANSACTION subscriptions that need no delivery from the log."""
     failures: list[tuple[Subscription, BaseException]] = field(default_factory=list)
+    records: list[tuple[Recorder, Any]] = field(default_factory=list)
+    """What is written together with the log."""
+
+
+class Recorder(Protocol):
+    """An IN_TRANSACTION handler that writes its records with the log, all those of a transaction at once."""
+
+    delivery: Delivery
+
+    def prepare(self, event: DomainEvent, metadata: Metadata, /) -> Any:
+        """The record of an event that is being published, or None; what it raises, `publish` raises."""
+        ...
+
+    def record(self, connection: Connection, records: Sequence[Any], /) -> None:
+        """Write records in the connection's transaction, just before its commit."""
+        ...
 
 
 class DurableReceipt:
@@ -72,10 +97,10 @@ class DurableReceipt:
     async def settled(self, timeout: float | None = 30.0) -> None:
         """Wait until every subscription has settled these events: succeeded, dead or skipped.
 
-        Call it after the commit; it sees events that any process delivers. Raises `TimeoutError` after `timeout` seconds,
-        naming what is still open.
+        Call it after the commit. It waits for this bus's AFTER_COMMIT handlers, too, and sees events that any process
+        delivers. Raises `TimeoutError` after `timeout` seconds, naming what is still open.
         """
-        await self._bus.wait_settled([event.event_id for event in self.events], timeout)
+        await self._bus.wait_settled(self.events, timeout)
 
 
 class EventBus(Subscribing):
@@ -83,8 +108,8 @@ class EventBus(Subscribing):
 
     `database` is the URL of the application's database (`sqlite+aiosqlite:///app.db`, `postgresql+asyncpg://…`) or its
     `AsyncEngine`. `async with bus` creates SQLite's tables, registers the subscriptions and, unless `deliver` is False,
-    runs a worker in this process. `in_flight` caps the calls that a crash could repeat; a dead worker's deliveries are free
-    after `lease` seconds; `poll_interval` is how long an event of another process may go unnoticed, in seconds;
+    runs a worker in this process. `in_flight` caps the calls that a crash could repeat; a dead worker's deliveries are
+    free after `lease` seconds; `poll_interval` is how long an event of another process may go unnoticed, in seconds;
     `drain_timeout` how long leaving the block waits for handlers. `create_tables` None means: on SQLite only.
 
     A bus belongs to the event loop that it is entered on. An engine given to it stays the caller's to dispose of.
@@ -123,7 +148,8 @@ class EventBus(Subscribing):
         self._loop: AbstractEventLoop | None = None
         self._worker: Worker | None = None
         self._runner = Runner()
-        self._scheduled = 0
+        self._due: deque[tuple[set[str], list[tuple[_Staged, list[Call]]]]] = deque()
+        """Committed: the types to wake the worker for, and the handlers to run with the next turn of the loop."""
         self._entered = False
         self._own_transactions = False
         self._known_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
@@ -142,9 +168,10 @@ class EventBus(Subscribing):
     ) -> DurableReceipt:
         """Stage events in the transaction of `session`: they exist if it commits, and handlers run after that.
 
-        Without a session only events that stand alone (*Attempted*, *Failed*) are published, in a transaction of their own
-        that is committed on return. Raises `SessionRequiredError`, `EventEncodingError` or another `PublishError` before
-        anything is staged or run; errors of required IN_TRANSACTION handlers pass through.
+        Without a session only events that stand alone (*Attempted*, *Failed*) are published, in a transaction of their
+        own that is committed on return. Raises `SessionRequiredError`, `EventEncodingError` or another `PublishError`
+        before anything is staged or run. What a required IN_TRANSACTION handler raises passes through, and all that
+        this call has staged, and its handlers have written, is undone.
         """
         self._check_events(events)
         for event in events:
@@ -153,8 +180,13 @@ class EventBus(Subscribing):
             self._check_alone(events)
             self._check_loop()
             self._refuse_deadlock()
-            async with AsyncSession(self.engine, expire_on_commit=False) as own, own.begin():
-                return await self._stage_async(events, own, metadata)
+            try:
+                async with AsyncSession(self.engine, expire_on_commit=False) as own, own.begin():
+                    return await self._stage_async(events, own, metadata)
+            except OperationalError as error:
+                if "database is locked" in str(error.orig) and self._transaction_is_open():
+                    raise PublishError(_DEADLOCK) from error
+                raise
         owner = _staging.async_session(session)
         self._check_loop()
         return await self._stage_async(events, owner, metadata)
@@ -162,8 +194,8 @@ class EventBus(Subscribing):
     def stage(self, *events: DomainEvent, session: Any, metadata: Metadata | Mapping[str, Any] | None = None) -> None:
         """The sync form of `publish`, for a `Session`: no handler runs in the transaction, all are served from the log.
 
-        The bus must have been entered, or have published, before: this can't register subscriptions. Raises `PublishError`
-        if an IN_TRANSACTION handler is required.
+        The bus must have been entered, or have published, before: this can't register subscriptions. Raises
+        `PublishError` if an IN_TRANSACTION handler is required.
         """
         self._check_events(events)
         owner = _staging.sync_session(session)
@@ -182,6 +214,7 @@ class EventBus(Subscribing):
             if self._loop is None and any(s.delivery is Delivery.AFTER_COMMIT for s in hearing):
                 raise BusStateError("AFTER_COMMIT handlers run on the loop of a bus that is entered: enter it first")
             staged.append(self._staged(event, metadata_for(metadata)))
+        _refuse_twins(events)
         connection = _staging.connection_of(owner)
         self._check_database(connection)
         _staging.stage(owner, connection, self, staged)
@@ -197,30 +230,35 @@ class EventBus(Subscribing):
                 name = type(event).__name__
                 raise SessionRequiredError(
                     f"EventBus requires a database session: publish {name} with the session of the change it tells of, "
-                    f"`await bus.publish({name}(…), session=session)`, so that both commit or neither does. An event that "
-                    f"tells of no change may stand alone: class {name}(DomainEvent, stands_alone=True)"
+                    f"`await bus.publish({name}(…), session=session)`, so that both commit or neither does. An event "
+                    f"that tells of no change may stand alone: class {name}(DomainEvent, stands_alone=True)"
                 )
             raise SessionRequiredError(session_required(first, event))
 
     def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is None or (self._loop.is_closed() and not self._entered):
-            if self._loop is not None and self._owns_engine:
-                # connections of a closed loop can't be used, nor closed: a new pool leaves them to the garbage collector
-                self.engine.sync_engine.dispose(close=False)
+            if self._loop is not None:
+                if self._owns_engine:
+                    # connections of a closed loop can't be used, nor closed: they are left to the garbage collector
+                    self.engine.sync_engine.dispose(close=False)
+                self._lose_due(BusStateError("its event loop was closed"))
             self._loop, self._preparing = loop, asyncio.Lock()
         elif self._loop is not loop:
             raise BusStateError(
-                "this bus is used on another event loop than it belongs to, and so are its connections: make one bus per "
-                "loop, or leave `async with bus` (or await bus.close()) before the first loop ends"
+                "this bus is used on another event loop than it belongs to, and so are its connections: make one bus "
+                "per loop, or leave `async with bus` (or await bus.close()) before the first loop ends"
             )
 
     def _refuse_deadlock(self) -> None:
-        if self.engine.dialect.name == "sqlite" and _staging.task_is_writing(self.engine.sync_engine):
-            raise PublishError(
-                "this task holds SQLite's only write lock, in a transaction that is still open: publishing without its "
-                "session would wait for that for ever. Pass session=session, or publish before or after the transaction"
-            )
+        if self._transaction_is_open(writing=True):
+            raise PublishError(_DEADLOCK)
+
+    def _transaction_is_open(self, *, writing: bool = False) -> bool:
+        """Whether this task has a transaction open on the bus's SQLite database, or one that holds the write lock."""
+        return self.engine.dialect.name == "sqlite" and _staging.task_has_transaction(
+            self.engine.sync_engine, writing=writing
+        )
 
     def _is_ready(self) -> bool:
         return self._prepared and all(s.name in self._registered for s in self.subscriptions)
@@ -233,53 +271,72 @@ class EventBus(Subscribing):
         async with self._preparing:
             if self._is_ready():
                 return
-            if self.engine.dialect.name == "sqlite" and _staging.task_is_writing(self.engine.sync_engine):
+            registering = [s for s in self.subscriptions if s.delivery is not Delivery.AFTER_COMMIT]
+            if self._transaction_is_open() and await self._must_write({s.name for s in registering}):
                 raise BusStateError(
-                    "the bus must register its subscriptions, but this task holds SQLite's only write lock. Start the bus "
-                    "at the start of the program: `async with bus` (with EventBus(…, deliver=False) it only publishes)"
+                    "the bus must register its subscriptions first, but this task has a transaction open, and SQLite "
+                    "has one writer at a time. Start the bus at the start of the program: `async with bus` (with "
+                    "EventBus(…, deliver=False) it only publishes)"
                 )
             if not self._prepared:
                 await self._store.prepare(create=self._create_tables)
+                self._database_id = await self._store.database_id()
                 self._prepared = True
-            names = {s.name for s in self.subscriptions if s.delivery is not Delivery.AFTER_COMMIT}
-            if names - self._registered:
-                await self._store.register([s for s in self.subscriptions if s.name in names])
+            if any(s.name not in self._registered for s in registering):
+                await self._store.register(registering)
             self._registered = {s.name for s in self.subscriptions}
+
+    async def _must_write(self, names: set[str]) -> bool:
+        if await self._store.revision() != schema.REVISION:
+            return True
+        async with self._store.reading() as connection:
+            return not names <= set(await connection.scalars(select(schema.cursor.c.subscription)))
 
     def _staged(self, event: DomainEvent, metadata: Metadata) -> _Staged:
         context = copy_context()
         context.run(handling.set, (event.event_id, metadata))
-        return _Staged(event, metadata, self._codec.encode(event), context)
+        staged = _Staged(event, metadata, self._codec.encode(event), encode_metadata(metadata), context)
+        for subscription in self.subscriptions.hearing(type(event)):
+            if subscription.recorder is not None:
+                staged.ran.append(subscription.name)
+                record = subscription.recorder.prepare(event, metadata)
+                if record is not None:
+                    staged.records.append((subscription.recorder, record))
+        return staged
 
     async def _stage_async(
         self, events: tuple[DomainEvent, ...], session: AsyncSession, metadata: Metadata | Mapping[str, Any] | None
     ) -> DurableReceipt:
         given = metadata_for(metadata)
+        _refuse_twins(events)
         staged = [self._staged(event, given) for event in events]
         await self._ready()
         connection = await session.run_sync(self._connect)
-        for item in staged:
-            inside = [
-                s
-                for s in self.subscriptions.hearing(type(item.event))
-                if s.delivery is Delivery.IN_TRANSACTION and s.recorder is None
-            ]
-            if inside:
-                await session.flush()  # an error of the publisher's own must not pass for a handler's
-            for subscription in inside:
-                context = self._context(subscription, item.event, given)
-                call = partial(subscription.call, item.event, context, session)
-                error = await _staging.run_inside(session, subscription, call, (item.event.event_id, given))
-                if error is None:
-                    item.ran.append(subscription.name)
-                elif subscription.required:
-                    raise error
-                else:
-                    self._report(subscription, item.event, error)
-                    item.failures.append((subscription, error))
-            # staged one by one: what a handler of the next event publishes comes after this one
-            await session.run_sync(_staging.stage, connection, self, [item])
+        inside = [[s for s in self.subscriptions.hearing(type(item.event)) if _runs_inside(s)] for item in staged]
+        if any(inside):
+            await session.flush()  # an error of the publisher's own must not pass for a handler's
+        # what a required handler refuses is undone as a whole, whether or not the publisher commits after that
+        required = any(s.required for subscriptions in inside for s in subscriptions)
+        async with session.begin_nested() if required else nullcontext():
+            for item, subscriptions in zip(staged, inside, strict=True):
+                for subscription in subscriptions:
+                    await self._run_inside(session, subscription, item)
+                # staged one by one: what a handler of the next event publishes comes after this one
+                await session.run_sync(_staging.stage, connection, self, [item])
         return DurableReceipt(self, events)
+
+    async def _run_inside(self, session: AsyncSession, subscription: Subscription, item: _Staged) -> None:
+        context = self._context(subscription, item.event, item.metadata)
+        call = partial(subscription.call, item.event, context, session)
+        error = await _staging.run_inside(session, subscription, call, (item.event.event_id, item.metadata))
+        if error is None:
+            item.ran.append(subscription.name)
+            return
+        if not isinstance(error, Discard):
+            if subscription.required:
+                raise error
+            self._failed(subscription, item.event, error)
+        item.failures.append((subscription, error))
 
     def _connect(self, session: Session) -> Connection:
         connection = _staging.connection_of(session)
@@ -301,8 +358,8 @@ class EventBus(Subscribing):
         if theirs != self._database_id:
             raise ForeignSessionError(
                 f"the session is on {engine.url.render_as_string(hide_password=True)}, and the bus on "
-                f"{self._store.shown_url}: they can't commit together. Publish on a session of the bus's database, or make "
-                "a bus for that one"
+                f"{self._store.shown_url}: they can't commit together. Publish on a session of the bus's database, or "
+                "make a bus for that one"
             )
 
     _database_id = ""
@@ -318,27 +375,25 @@ class EventBus(Subscribing):
 
     def write_staged(self, connection: Connection, staged: list[_Staged]) -> None:
         """Write what was staged into the log, with the records that go with it; called just before COMMIT."""
-        recorders: dict[int, tuple[Subscription, list[_Staged]]] = {}
-        for item in staged:
-            for subscription in self.subscriptions.hearing(type(item.event)):
-                if subscription.recorder is not None:
-                    recorders.setdefault(id(subscription), (subscription, []))[1].append(item)
-                    item.ran.append(subscription.name)
         records = [
             Record(
                 item.event.event_id,
                 type(item.event).__event__.name,
                 type(item.event).__event__.version,
                 item.payload,
-                encode_metadata(item.metadata),
+                item.headers,
                 item.ran or None,
             )
             for item in staged
         ]
         failed = any(item.failures for item in staged)
         positions = self._store.append(connection, records, positions=failed)
-        for subscription, items in recorders.values():
-            subscription.recorder.record(connection, [(item.event, item.metadata) for item in items])
+        recorded: dict[int, tuple[Recorder, list[Any]]] = {}
+        for item in staged:
+            for recorder, record in item.records:
+                recorded.setdefault(id(recorder), (recorder, []))[1].append(record)
+        for recorder, of_it in recorded.values():
+            recorder.record(connection, of_it)
         if failed:
             now = self._store.later(0)
             self._store.append_failures(
@@ -355,57 +410,68 @@ class EventBus(Subscribing):
 
     @staticmethod
     def _failure(row: Row, subscription: Subscription, error: BaseException) -> Failure:
-        last = subscription.retry.max_attempts == 1
-        return Failure(
-            row,
-            DEAD if last else RETRYING,
-            1,
-            None if last else subscription.retry.wait(1),
-            type(error).__name__,
-            str(error)[:4000],
-        )
+        wait: float | None = error.delay if isinstance(error, RetryLater) else subscription.retry.wait(1)
+        state = RETRYING
+        if isinstance(error, Discard) or subscription.retry.max_attempts == 1:
+            state, wait = SKIPPED if isinstance(error, Discard) else DEAD, None
+        text = "".join(traceback.format_exception(error))
+        return Failure(row, state, 1, wait, type(error).__name__, str(error)[:4000], text[-16000:])
 
     def committed(self, staged: list[_Staged], *, certain: bool) -> None:
         """The transaction is over: wake the worker, and run what was to run right after the commit."""
-        loop = self._loop
-        if loop is None or loop.is_closed():
-            return
         types = {type(item.event).__event__.name for item in staged}
         after = [(item, calls) for item in staged if certain and (calls := self._after_commit(item))]
-        self._scheduled += 1
+        self._due.append((types, after))
         try:
-            inside = asyncio.get_running_loop() is loop
-        except RuntimeError:
-            inside = False
-        (loop.call_soon if inside else loop.call_soon_threadsafe)(self._run_after_commit, types, after)
+            if self._loop is None:
+                raise RuntimeError("the bus was closed")
+            self._loop.call_soon_threadsafe(self._run_due)
+        except RuntimeError as error:
+            self._lose_due(error)
 
     def _after_commit(self, item: _Staged) -> list[Call]:
         return [
-            (partial(self._call_after_commit, s, item.metadata), None, s)
+            (partial(self._call_after_commit, s, item.metadata), s.timeout, s)
             for s in self.subscriptions.hearing(type(item.event))
             if s.delivery is Delivery.AFTER_COMMIT
         ]
 
-    def _run_after_commit(self, types: set[str], after: list[tuple[_Staged, list[Call]]]) -> None:
-        self._scheduled -= 1
+    def _run_due(self) -> None:
+        types, after = self._due.popleft()
         if self._worker is not None:
             self._worker.wake(types)
         for item, calls in after:
-            self._runner.start(calls, item.event, item.context, self._report, self._after_commit_ended)
+            self._runner.start(calls, item.event, item.context, self._failed, self._after_commit_ended)
+
+    def _lose_due(self, reason: Exception) -> None:
+        while self._due:
+            for item, calls in self._due.popleft()[1]:
+                for _, _, subscription in calls:
+                    self._failed(subscription, item.event, BusStateError(f"{reason} before it could run"))
 
     def _after_commit_ended(self, seat: Seat, error: BaseException | None) -> None:
         if error is not None:
-            self._report(seat.label, seat.argument, error)
+            self._failed(seat.label, seat.argument, error)
+
+    def _failed(self, subscription: Subscription, event: DomainEvent, error: BaseException) -> None:
+        try:
+            self._report(subscription, event, error)
+        except Exception:
+            # a logger that raises, or an error that can't be shown, must not reach the publisher or another handler
+            logging.getLogger("whereupon").exception(
+                "event_handler_failed, and could not be logged: %s of %s",
+                subscription.handler_name,
+                type(event).__name__,
+            )
 
     async def _call_after_commit(self, subscription: Subscription, metadata: Metadata, event: DomainEvent) -> None:
         context = self._context(subscription, event, metadata)
-        async with asyncio.timeout(subscription.timeout):
-            if subscription.session_parameter is None:
-                await subscription.call(event, context, None)
-                return
-            async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
-                with _staging.handed_out(session, subscription.name):
-                    await subscription.call(event, context, session)
+        if subscription.session_parameter is None:
+            await subscription.call(event, context, None)
+            return
+        async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
+            with _staging.handed_out(session, subscription.name):
+                await subscription.call(event, context, session)
 
     # --- delivering -------------------------------------------------------------------------------------------------
 
@@ -439,8 +505,11 @@ class EventBus(Subscribing):
         if self._entered:
             raise BusStateError("the bus is running already: one `async with bus` is enough")
         self._check_loop()
-        await self._ready()
-        self._database_id = await self._store.database_id()
+        try:
+            await self._ready()
+        except BaseException:
+            await self._let_go()
+            raise
         self._entered = True
         if self._deliver if deliver is None else deliver:
             self._worker = self.make_worker()
@@ -462,14 +531,21 @@ class EventBus(Subscribing):
             if self._worker is not None:
                 worker, self._worker = self._worker, None
                 await worker.stop(max(0.0, deadline - loop.time()))
-            if abandoned := self._runner.stop("the bus was closed before it ended"):
-                await asyncio.wait(abandoned)
+            why = f"it still ran {self._drain_timeout:g} s after the bus began to close, and was cancelled"
+            if abandoned := self._runner.stop(why):
+                await asyncio.wait(abandoned, timeout=max(1.0, self._drain_timeout))
+            self._runner.abandon(why)
             self._runner.close()
-            await self._store.close()
-            if self._owns_engine:
-                await self.engine.dispose()
             self._entered = False
-            self._loop = self._preparing = None
+            await self._let_go()
+            self._lose_due(BusStateError("the bus was closed"))
+
+    async def _let_go(self) -> None:
+        """Give connections back; those that are left to an event loop that ends could not be closed any more."""
+        self._loop = self._preparing = None
+        await self._store.close()
+        if self._owns_engine:
+            await self.engine.dispose()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -486,15 +562,24 @@ class EventBus(Subscribing):
         Raises `TimeoutError` after `timeout` seconds.
         """
         async with asyncio.timeout(timeout):
-            while self._scheduled or self._after_commit_tasks():
+            while True:
+                await self._after_commit_handlers()
+                if self._worker is not None:
+                    await self._worker.drain()
+                if not self._due and not self._after_commit_tasks():
+                    return
+
+    async def _after_commit_handlers(self) -> None:
+        while True:
+            if self._due:
                 await asyncio.sleep(0)
-                if tasks := self._after_commit_tasks():
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if self._worker is not None:
-                await self._worker.drain()
+            elif tasks := self._after_commit_tasks():
+                await asyncio.wait(tasks)
+            else:
+                return
 
     def _after_commit_tasks(self) -> set[asyncio.Task[None]]:
-        return {seat.task for seat in self._runner.running} - {asyncio.current_task()}
+        return {seat.task for seat in self._runner.running if seat.task is not asyncio.current_task()}
 
     # --- its database -----------------------------------------------------------------------------------------------
 
@@ -520,31 +605,31 @@ class EventBus(Subscribing):
         return await self._store.deliveries(event_ids, self._heard())
 
     def _heard(self) -> Mapping[str, Sequence[str]]:
-        names = {name for name, cls in self._classes.items()}
-        return _Heard(self, names)
+        return _Heard(self)
 
-    async def wait_settled(self, event_ids: Sequence[UUID], timeout: float | None) -> None:
+    async def wait_settled(self, events: Sequence[DomainEvent], timeout: float | None) -> None:
         """Wait until these events are settled for every subscription; see `DurableReceipt.settled`."""
-        open_: list[str] = []
-        found: list[DeliveryState] = []
+        expected = {
+            event.event_id
+            for event in events
+            if any(s.delivery is not Delivery.AFTER_COMMIT for s in self.subscriptions.hearing(type(event)))
+        }
+        waiting = "AFTER_COMMIT handlers still run"
+        limit = asyncio.timeout(timeout)
         try:
-            async with asyncio.timeout(timeout):
+            async with limit:
+                await self._after_commit_handlers()
                 while True:
-                    found = await self.deliveries(*event_ids)
-                    missing = (
-                        set(event_ids) - {state.event_id for state in found} if self._expects(event_ids) else set()
-                    )
+                    found = await self.deliveries(*expected)
                     open_ = [f"{s.subscription} ({s.state})" for s in found if s.state in OPEN]
-                    if not open_ and not missing:
+                    if not open_ and expected == {state.event_id for state in found}:
                         return
+                    waiting = ", ".join(open_) or "the events are not in the log (not committed?)"
                     await self._something_settled()
         except TimeoutError:
-            raise TimeoutError(
-                f"not settled after {timeout:g} s: {', '.join(open_) or 'the events are not in the log (not committed?)'}"
-            ) from None
-
-    def _expects(self, event_ids: Sequence[UUID]) -> bool:
-        return bool(event_ids) and any(s.delivery is not Delivery.AFTER_COMMIT for s in self.subscriptions)
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"not settled after {timeout:g} s: {waiting}") from None
 
     async def _something_settled(self) -> None:
         if self._worker is None:
@@ -555,12 +640,26 @@ class EventBus(Subscribing):
             await asyncio.wait_for(self._worker.settled.wait(), 0.02)
 
 
+_DEADLOCK: Final = (
+    "this task has a transaction open that holds SQLite's only write lock: publishing without its session would wait "
+    "for that for ever. Pass session=session, or publish before or after the transaction"
+)
+
+
+def _runs_inside(subscription: Subscription) -> bool:
+    return subscription.delivery is Delivery.IN_TRANSACTION and subscription.recorder is None
+
+
+def _refuse_twins(events: Sequence[DomainEvent]) -> None:
+    if len({event.event_id for event in events}) < len(events):
+        raise PublishError("the same event is published twice in one call: a fact is published once")
+
+
 class _Heard(Mapping[str, Sequence[str]]):
     """The subscriptions that hear events stored under a name."""
 
-    def __init__(self, bus: EventBus, names: Iterable[str]) -> None:
+    def __init__(self, bus: EventBus) -> None:
         self._bus = bus
-        self._names = set(names)
 
     def __getitem__(self, stored_name: str) -> Sequence[str]:
         cls = self._bus.class_of(stored_name)
@@ -568,10 +667,10 @@ class _Heard(Mapping[str, Sequence[str]]):
         return [s.name for s in hearing if s.delivery is not Delivery.AFTER_COMMIT]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._bus._classes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._bus._classes)
 
 
 def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
@@ -580,15 +679,18 @@ def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
         _check_driver(database.url)
         if database.dialect.name == "sqlite" and isinstance(database.pool, StaticPool):
             raise UnsupportedDatabaseError(
-                "this engine shares one SQLite connection among all, so the worker's COMMIT would commit half of somebody's "
-                'transaction. Make it without StaticPool, on a file, or use EventBus("sqlite+aiosqlite:///:memory:")'
+                "this engine shares one SQLite connection among all, so the worker's COMMIT would commit half of "
+                "somebody's transaction. Make it without StaticPool, on a file, or use "
+                'EventBus("sqlite+aiosqlite:///:memory:")'
             )
         return database, False
     try:
         url = make_url(database)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
+        shown = re.sub(r":[^:@/]+@", ":***@", database) if isinstance(database, str) else repr(database)
         raise UnsupportedDatabaseError(
-            f"{database!r} is no database URL. Use one like {' or '.join(example for example, _ in _DRIVERS.values())}"
+            f"{shown!r} is neither an AsyncEngine nor a database URL. Use one like "
+            f"{' or '.join(example for example, _ in _DRIVERS.values())}"
         ) from None
     _check_driver(url)
     sqlite = url.get_backend_name() == "sqlite"
@@ -627,7 +729,10 @@ def _check_driver(url: URL) -> None:
 
 
 def _private_file() -> str:
-    """A file for a `:memory:` database, gone with the process: a shared in-memory one has no transactions of its own."""
+    """A file for a `:memory:` database, gone with the process.
+
+    In memory all would share one connection, and so one transaction.
+    """
     folder = Path(tempfile.mkdtemp(prefix="whereupon-"))
 
     def remove(pid: int = os.getpid()) -> None:

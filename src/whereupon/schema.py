@@ -42,7 +42,7 @@ REVISION: Final = 1
 _VERSION_TABLE: Final = "whereupon_version"
 
 metadata: Final = MetaData()
-"""Describes the tables for queries; migrations make them. Exclude it from autogenerate, or add it to `target_metadata`."""
+"""Describes the tables for queries; migrations make them, and know more columns and indexes than this does."""
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -205,15 +205,15 @@ def check_revision(revision: int | None, shown_url: str) -> None:
         )
     if revision > REVISION:
         raise SchemaError(
-            f"{shown_url} has whereupon tables of revision {revision}, and this build knows {REVISION}: it is older than "
-            "they are. Install the newer whereupon here"
+            f"{shown_url} has whereupon tables of revision {revision}, and this build knows {REVISION}: it is older "
+            "than they are. Install the newer whereupon here"
         )
 
 
 def without_nul(value: Any) -> Any:
-    """Text as PostgreSQL can keep it: without NUL characters."""
+    """Text as both databases keep it: NUL characters, and those that are no Unicode, replaced."""
     if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")
+        return value.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
     if isinstance(value, dict):
         return {without_nul(key): without_nul(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -16,8 +16,8 @@ __all__ = ["own_transactions"]
 def own_transactions(bus: EventBus) -> Iterator[EventBus]:
     """In this block, `publish` without a session commits the event by itself instead of raising `SessionRequiredError`.
 
-    For tests that care about handlers and not about the change, and for scripts that replay facts by hand. It is for the
-    whole bus, so not for a process that serves requests.
+    For tests that care about handlers and not about the change, and for scripts that replay facts by hand. It is for
+    the whole bus, so not for a process that serves requests.
     """
     before = bus._own_transactions
     bus._own_transactions = True
