@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 import pytest
 from dashtam.application.registration import RegisterUser
 from dashtam.domain.audit import AuditAction
+from dashtam.domain.events import UserRegistrationSucceeded
 from dashtam.domain.result import Failure, Success
 from dashtam.infrastructure.tables import AuditLogModel, UserModel, UserSettingsModel
 from dashtam.infrastructure.users import SqlUserRepository
@@ -348,3 +349,19 @@ async def test_a_repository_outside_a_session_says_where_to_call_it(sqlite_url: 
             late = asyncio.create_task(after_the_block())
         with pytest.raises(RuntimeError, match="that session has ended"):
             await late
+
+
+async def test_a_person_who_is_gone_gets_no_settings_and_that_is_said_once(database_url: str) -> None:
+    event = UserRegistrationSucceeded(user_id=uuid4(), email="gone@example.com")
+    async with served(database_url) as dashtam:
+        async with dashtam.application.database.get_session() as session:
+            receipt = await dashtam.bus.publish(event, session=session)
+        await receipt.settled()
+        (settings,) = [
+            state
+            for state in await dashtam.bus.deliveries(event.event_id)
+            if state.subscription == "InitialSettings.initialise_settings"
+        ]
+    assert (settings.state, settings.attempts) == ("skipped", 1)
+    assert settings.error is not None
+    assert str(event.user_id) in settings.error

@@ -99,7 +99,7 @@ def build(settings: Settings, logger: LoggerProtocol | None = None) -> Applicati
 
     bus.register(AuditEventHandler())
     bus.register(LoggingEventHandler(logger))
-    bus.subscribe(UserRegistrationSucceeded, InitialSettings(user_settings, database).initialise_settings)
+    bus.subscribe(UserRegistrationSucceeded, InitialSettings(user_settings, users, database).initialise_settings)
     bus.subscribe(UserRegistrationSucceeded, EmailEventHandler(mailer).handle_user_registration_succeeded)
     bus.subscribe(AccountCreated, NotificationEventHandler(logger, notifications).handle_account_created)
 

@@ -62,12 +62,17 @@ class RegisterUserHandler:
 class InitialSettings:
     """Every user has settings from the start: the defaults."""
 
-    def __init__(self, settings_repo: UserSettingsRepository, database: DatabaseProtocol) -> None:
+    def __init__(
+        self, settings_repo: UserSettingsRepository, user_repo: UserRepository, database: DatabaseProtocol
+    ) -> None:
         self._settings = settings_repo
+        self._users = user_repo
         self._database = database
 
     async def initialise_settings(self, event: UserRegistrationSucceeded, session: AsyncSession) -> None:
         with self._database.joined(session):
+            if await self._users.find_by_id(event.user_id) is None:
+                raise Discard(f"there is no user {event.user_id} (any more), so nobody to have settings")
             if await self._settings.find_by_user(event.user_id) is None:
                 await self._settings.save(UserSettings(user_id=event.user_id))
 
