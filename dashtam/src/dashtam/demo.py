@@ -247,7 +247,7 @@ async def _settled(application: Application, watcher: Watcher, correlation: UUID
     """The events of one request, once there are an attempt and an outcome and every handler is done with both."""
     async with asyncio.timeout(PATIENCE):
         events = await watcher.events(correlation, 2)
-    await application.bus.wait_settled([event.event_id for event in events], PATIENCE)
+    await application.bus.wait_settled(events, PATIENCE)
     return events
 
 
