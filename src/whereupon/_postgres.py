@@ -1,18 +1,20 @@
 """The store on PostgreSQL: a place in the log is a snapshot.
 
-Ids are handed out before commit, so a cursor over ids steps over late commits for ever. What a snapshot sees is exact: a
-cursor keeps the snapshot S1 in which everything is handled, and reads what is visible in the current one, S2, and was not
-in S1. That is what transactions did that began after S1 (`tx_id >= xmax(S1)`) or were in progress in it (`xip(S1)`). A
-window too large for one page is paged by position while S2 is kept as `target`. (The idea is that of Skytools' PgQ.)
+Ids are handed out before commit, so a cursor over ids steps over late commits for ever. What a snapshot sees is exact:
+a cursor keeps the snapshot S1 in which everything is handled, and reads what is visible in the current one, S2, and was
+not in S1: what transactions did that began after S1 (`tx_id >= xmax(S1)`) or were in progress in it (`xip(S1)`).
+A window too large for one page is paged by position while S2 is kept as `target`. (The idea is that of Skytools' PgQ.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Connection, Text, Uuid, bindparam, func, insert, text
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -44,10 +46,27 @@ class PostgresStore(Store):
         super().__init__(engine.execution_options(isolation_level="READ COMMITTED"))
         self.now = func.clock_timestamp()
         self.now_as_time = func.clock_timestamp()
+        self.upsert = postgresql.insert
         self._seen: str | None = None
+        # one statement sees one snapshot anyway: BEGIN and ROLLBACK around it would cost two more round trips
+        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+        if engine.driver == "asyncpg":
+            import asyncpg
+
+            # SQLAlchemy 2.0 lets through what the driver raises while it connects
+            self.errors = (*self.errors, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        async with self._autocommit.connect() as connection:
+            yield connection
 
     async def prepare(self, *, create: bool) -> None:
         await super().prepare(create=create)
+        with self.reaching():
+            await self._read_clock()
+
+    async def _read_clock(self) -> None:
         async with self.reading() as connection:
             before = self.later(0) - self.clock_offset
             theirs = await connection.scalar(text("SELECT clock_timestamp()"))
@@ -58,16 +77,20 @@ class PostgresStore(Store):
 
     async def register(self, subscriptions: Iterable[Subscription]) -> None:
         names = sorted(subscription.name for subscription in subscriptions)
-        async with self.writing() as connection:
-            await connection.execute(
-                text(
-                    "INSERT INTO whereupon_cursor (subscription, lane, snapshot) "
-                    "SELECT name, 0, pg_current_snapshot() FROM unnest(CAST(:names AS text[])) AS name "
-                    "WHERE NOT EXISTS (SELECT 1 FROM whereupon_cursor c WHERE c.subscription = name) "
-                    "ON CONFLICT DO NOTHING"
-                ),
-                {"names": names},
-            )
+        with self.reaching():
+            async with self.writing() as connection:
+                await self._register(connection, names)
+
+    async def _register(self, connection: AsyncConnection, names: list[str]) -> None:
+        await connection.execute(
+            text(
+                "INSERT INTO whereupon_cursor (subscription, lane, snapshot) "
+                "SELECT name, 0, pg_current_snapshot() FROM unnest(CAST(:names AS text[])) AS name "
+                "WHERE NOT EXISTS (SELECT 1 FROM whereupon_cursor c WHERE c.subscription = name) "
+                "ON CONFLICT DO NOTHING"
+            ),
+            {"names": names},
+        )
 
     def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> dict[UUID, int]:
         values = [record._asdict() for record in records]
@@ -87,7 +110,8 @@ class PostgresStore(Store):
                     "lease_until = clock_timestamp() + make_interval(secs => :lease) "
                     "FROM (SELECT subscription, lane FROM whereupon_cursor "
                     "WHERE subscription = ANY(:names) AND NOT paused "
-                    "AND (owner IS NULL OR lease_until < clock_timestamp()) FOR UPDATE SKIP LOCKED) AS free "
+                    "AND (owner IS NULL OR owner = :owner OR lease_until < clock_timestamp()) "
+                    "FOR UPDATE SKIP LOCKED) AS free "
                     "WHERE c.subscription = free.subscription AND c.lane = free.lane "
                     "RETURNING c.subscription, c.lane, c.token, c.snapshot::text, c.target::text, c.page, c.done"
                 ).bindparams(bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text()))),
@@ -98,27 +122,26 @@ class PostgresStore(Store):
                 for row in rows
             ]
 
-    async def renew(self, held: Sequence[Cursor], lease: float) -> list[Cursor]:
-        gone = []
+    async def renew(self, cursors: Sequence[Cursor], owner: UUID, lease: float) -> list[Cursor]:
         async with self.writing() as connection:
-            for cursor in held:
-                done = await connection.execute(
-                    text(
-                        "UPDATE whereupon_cursor SET lease_until = clock_timestamp() + make_interval(secs => :lease) "
-                        f"WHERE {_KEY}"
-                    ),
-                    {**_key(cursor), "lease": float(lease)},
-                )
-                if not done.rowcount:
-                    gone.append(cursor)
-        return gone
+            rows = await connection.execute(
+                text(
+                    "UPDATE whereupon_cursor SET lease_until = clock_timestamp() + make_interval(secs => :lease) "
+                    "WHERE owner = :owner AND subscription = ANY(:names) RETURNING subscription, lane, token"
+                ).bindparams(bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text()))),
+                {"owner": owner, "names": [cursor.subscription for cursor in cursors], "lease": float(lease)},
+            )
+            held = {tuple(row) for row in rows}
+        return [cursor for cursor in cursors if (cursor.subscription, cursor.lane, cursor.token) not in held]
 
-    async def release(self, held: Sequence[Cursor]) -> None:
+    async def release(self, owner: UUID) -> None:
         async with self.writing() as connection:
-            for cursor in held:
-                await connection.execute(
-                    text(f"UPDATE whereupon_cursor SET owner = NULL, lease_until = NULL WHERE {_KEY}"), _key(cursor)
-                )
+            await connection.execute(
+                text("UPDATE whereupon_cursor SET owner = NULL, lease_until = NULL WHERE owner = :owner").bindparams(
+                    bindparam("owner", type_=Uuid())
+                ),
+                {"owner": owner},
+            )
 
     async def read(self, cursor: Cursor, types: Sequence[str] | None, skip_ran: bool, limit: int) -> Page:
         place: Place = cursor.place
@@ -138,9 +161,9 @@ class PostgresStore(Store):
             conditions.append("l.position > :page")
             parameters |= {"target": place.target, "page": place.page}
         query = (
-            f"SELECT s.now, r.* FROM (SELECT pg_current_snapshot()::text AS now) s LEFT JOIN LATERAL (SELECT {_COLUMNS} "
-            f"FROM whereupon_log l WHERE {' AND '.join(conditions)} ORDER BY l.position LIMIT :limit) r ON true "
-            "ORDER BY r.position"
+            "SELECT s.now, r.* FROM (SELECT pg_current_snapshot()::text AS now) s LEFT JOIN LATERAL "
+            f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {' AND '.join(conditions)} "
+            "ORDER BY l.position LIMIT :limit) r ON true ORDER BY r.position"
         )
         async with self.reading() as connection:
             found = (await connection.execute(text(query), parameters)).all()
@@ -155,7 +178,8 @@ class PostgresStore(Store):
             query = text("SELECT pg_current_snapshot()::text AS now, true AS grown")
         else:
             query = text(
-                f"SELECT pg_current_snapshot()::text AS now, EXISTS (SELECT 1 FROM whereupon_log l WHERE {_NEW}) AS grown"
+                "SELECT pg_current_snapshot()::text AS now, "
+                f"EXISTS (SELECT 1 FROM whereupon_log l WHERE {_NEW}) AS grown"
             ).bindparams(snapshot=self._seen)
         async with self.reading() as connection:
             row = (await connection.execute(query)).one()
@@ -177,17 +201,24 @@ class PostgresStore(Store):
         if not done.rowcount:
             raise lost(cursor)
 
-    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Place) -> None:
-        done = await connection.execute(
-            text(
-                "UPDATE whereupon_cursor SET snapshot = CAST(CAST(:snapshot AS text) AS pg_snapshot), "
-                "target = CAST(CAST(:target AS text) AS pg_snapshot), page = :page, done = '{}' "
-                f"WHERE {_KEY}"
-            ),
-            {**_key(cursor), **place._asdict()},
+    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Place, keep: Collection[int]) -> set[int]:
+        snapshot, target = "CAST(CAST(:snapshot AS text) AS pg_snapshot)", "CAST(CAST(:target AS text) AS pg_snapshot)"
+        beyond = (
+            "EXISTS (SELECT 1 FROM whereupon_log l WHERE l.position = d"
+            f" AND NOT pg_visible_in_snapshot(l.tx_id, {snapshot})"
+            f" AND NOT coalesce(pg_visible_in_snapshot(l.tx_id, {target}) AND l.position <= :page, false))"
         )
-        if not done.rowcount:
+        left = await connection.scalar(
+            text(
+                f"UPDATE whereupon_cursor SET snapshot = {snapshot}, target = {target}, page = :page, "
+                f"done = ARRAY(SELECT d FROM unnest(done) AS d WHERE d = ANY(:keep) OR {beyond}) "
+                f"WHERE {_KEY} RETURNING done"
+            ).bindparams(bindparam("keep", type_=ARRAY(BigInteger()))),
+            {**_key(cursor), **place._asdict(), "keep": list(keep)},
+        )
+        if left is None:
             raise lost(cursor)
+        return set(left)
 
     async def done_now(self, connection: AsyncConnection, cursor: Cursor) -> set[int]:
         done = await connection.scalar(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, bindparam, event, func, insert, select, text, update
+from sqlalchemy import Connection, LargeBinary, bindparam, cast, event, func, insert, select, text, update
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon.schema import UTCDateTime, exception, log
-from whereupon.schema import cursor as cursors
+from whereupon.schema import cursor as cursor_table
 from whereupon.store import Cursor, Page, Record, Row, Store, lost
 from whereupon.subscription import Subscription
 
@@ -21,7 +22,7 @@ BUSY_SECONDS = 30.0
 
 
 def configure(engine: AsyncEngine) -> None:
-    """Make an engine of ours fit for several writers: WAL, waiting for locks, and transactions that begin with BEGIN."""
+    """Make an engine of ours fit for several writers: WAL, waiting for locks, transactions that begin with BEGIN."""
 
     @event.listens_for(engine.sync_engine, "connect")
     def connect(connection: Any, _: object) -> None:
@@ -39,7 +40,7 @@ def configure(engine: AsyncEngine) -> None:
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:
-        if not connection.get_execution_options().get("whereupon_immediate"):
+        if not connection.get_execution_options().get("whereupon_begins"):
             connection.exec_driver_sql("BEGIN")
 
 
@@ -48,13 +49,14 @@ class SQLiteStore(Store):
         super().__init__(engine)
         self.now = bindparam("now", callable_=lambda: datetime.now(UTC), type_=UTCDateTime(), unique=False)
         self.now_as_time = self.now
+        self.upsert = sqlite.insert
         self._pulse: AsyncConnection | None = None
         self._version: int | None = None
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """Takes the write lock at once: a transaction that reads first may find its snapshot stale when it writes."""
-        engine = self.engine.execution_options(whereupon_immediate=True)
+        engine = self.engine.execution_options(whereupon_begins=True)
         async with engine.connect() as connection, connection.begin():
             await self.take_lock(connection)
             yield connection
@@ -68,8 +70,12 @@ class SQLiteStore(Store):
 
     async def register(self, subscriptions: Iterable[Subscription]) -> None:
         wanted = sorted(subscription.name for subscription in subscriptions)
+        with self.reaching():
+            await self._register(wanted)
+
+    async def _register(self, wanted: list[str]) -> None:
         async with self.reading() as connection:
-            known = set((await connection.scalars(select(cursors.c.subscription))).all())
+            known = set((await connection.scalars(select(cursor_table.c.subscription))).all())
         missing = [name for name in wanted if name not in known]
         if not missing:
             return
@@ -95,37 +101,50 @@ class SQLiteStore(Store):
         return {}
 
     async def claim(self, names: Sequence[str], owner: UUID, lease: float) -> list[Cursor]:
-        free = cursors.c.owner.is_(None) | (cursors.c.lease_until < self.now)
+        free = (
+            cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner) | (cursor_table.c.lease_until < self.now)
+        )
         async with self.reading() as connection:  # asking first spares the write lock when there is nothing to take
             found = await connection.scalars(
-                select(cursors.c.subscription).where(cursors.c.subscription.in_(names), ~cursors.c.paused, free)
+                select(cursor_table.c.subscription).where(
+                    cursor_table.c.subscription.in_(names), ~cursor_table.c.paused, free
+                )
             )
             if not found.all():
                 return []
         async with self.writing() as connection:
             rows = await connection.execute(
-                update(cursors)
-                .where(cursors.c.subscription.in_(names), ~cursors.c.paused, free)
-                .values(owner=owner, token=cursors.c.token + 1, lease_until=self.later(lease))
-                .returning(cursors.c.subscription, cursors.c.lane, cursors.c.token, cursors.c.page, text("done"))
+                update(cursor_table)
+                .where(cursor_table.c.subscription.in_(names), ~cursor_table.c.paused, free)
+                .values(owner=owner, token=cursor_table.c.token + 1, lease_until=self.later(lease))
+                .returning(
+                    cursor_table.c.subscription,
+                    cursor_table.c.lane,
+                    cursor_table.c.token,
+                    cursor_table.c.page,
+                    text("done"),
+                )
             )
             return [Cursor(row.subscription, row.lane, row.token, row.page, set(json.loads(row.done))) for row in rows]
 
-    async def renew(self, held: Sequence[Cursor], lease: float) -> list[Cursor]:
-        gone = []
+    async def renew(self, cursors: Sequence[Cursor], owner: UUID, lease: float) -> list[Cursor]:
         async with self.writing() as connection:
-            for cursor in held:
-                done = await connection.execute(
-                    update(cursors).where(*_mine(cursor)).values(lease_until=self.later(lease))
+            rows = await connection.execute(
+                update(cursor_table)
+                .where(
+                    cursor_table.c.owner == owner, cursor_table.c.subscription.in_([c.subscription for c in cursors])
                 )
-                if not done.rowcount:
-                    gone.append(cursor)
-        return gone
+                .values(lease_until=self.later(lease))
+                .returning(cursor_table.c.subscription, cursor_table.c.lane, cursor_table.c.token)
+            )
+            renewed = {tuple(row) for row in rows}
+        return [cursor for cursor in cursors if (cursor.subscription, cursor.lane, cursor.token) not in renewed]
 
-    async def release(self, held: Sequence[Cursor]) -> None:
+    async def release(self, owner: UUID) -> None:
         async with self.writing() as connection:
-            for cursor in held:
-                await connection.execute(update(cursors).where(*_mine(cursor)).values(owner=None, lease_until=None))
+            await connection.execute(
+                update(cursor_table).where(cursor_table.c.owner == owner).values(owner=None, lease_until=None)
+            )
 
     async def read(self, cursor: Cursor, types: Sequence[str] | None, skip_ran: bool, limit: int) -> Page:
         query = (
@@ -134,7 +153,8 @@ class SQLiteStore(Store):
                 log.c.event_id,
                 log.c.type,
                 log.c.version,
-                log.c.payload,
+                # whoever repaired a row by hand may have left text, which the driver would not give as bytes
+                cast(log.c.payload, LargeBinary),
                 log.c.headers,
                 log.c.recorded_at,
             )
@@ -165,10 +185,11 @@ class SQLiteStore(Store):
 
     async def pulse(self) -> bool:
         if self._pulse is None:
-            self._pulse = await self.engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+            self._pulse = await self.engine.execution_options(whereupon_begins=True).connect()
         try:
             # tells of commits through any other connection, in this process or another
             version = (await self._pulse.exec_driver_sql("PRAGMA data_version")).scalar()
+            await self._pulse.rollback()  # within one transaction the answer stays the same
         except BaseException:
             await self.close()
             raise
@@ -182,32 +203,34 @@ class SQLiteStore(Store):
             await pulse.close()
 
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
-        held = await connection.execute(update(cursors).where(*_mine(cursor)).values(token=cursors.c.token))
+        held = await connection.execute(update(cursor_table).where(*_mine(cursor)).values(token=cursor_table.c.token))
         if not held.rowcount:
             raise lost(cursor)
 
     async def mark_done(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> None:
-        added = "".join(f", '$[#]', {int(position)}" for position in positions)
         done = await connection.execute(
             text(
-                f"UPDATE whereupon_cursor SET done = json_insert(done{added}) "
+                "UPDATE whereupon_cursor SET done = (SELECT json_group_array(d.value) FROM (SELECT value FROM "
+                "json_each(whereupon_cursor.done) UNION SELECT value FROM json_each(:positions)) AS d) "
                 "WHERE subscription = :subscription AND lane = :lane AND token = :token"
             ),
-            _key(cursor),
+            {**_key(cursor), "positions": json.dumps(list(positions))},
         )
         if not done.rowcount:
             raise lost(cursor)
 
-    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Any) -> None:
-        done = await connection.execute(
+    async def move(self, connection: AsyncConnection, cursor: Cursor, place: int, keep: Collection[int]) -> set[int]:
+        left = await connection.scalar(
             text(
-                "UPDATE whereupon_cursor SET page = :page, done = '[]' "
-                "WHERE subscription = :subscription AND lane = :lane AND token = :token"
-            ),
-            {**_key(cursor), "page": place},
+                "UPDATE whereupon_cursor SET page = :page, done = (SELECT json_group_array(d.value) "
+                "FROM json_each(whereupon_cursor.done) AS d WHERE d.value > :page OR d.value IN :keep) "
+                "WHERE subscription = :subscription AND lane = :lane AND token = :token RETURNING done"
+            ).bindparams(bindparam("keep", expanding=True)),
+            {**_key(cursor), "page": place, "keep": list(keep)},
         )
-        if not done.rowcount:
+        if left is None:
             raise lost(cursor)
+        return set(json.loads(left))
 
     async def done_now(self, connection: AsyncConnection, cursor: Cursor) -> set[int]:
         done = await connection.scalar(
@@ -220,7 +243,8 @@ class SQLiteStore(Store):
         query = text(
             "SELECT l.event_id, l.type, l.position, l.ran, c.subscription, "
             "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past "
-            "FROM whereupon_log l CROSS JOIN whereupon_cursor c WHERE l.event_id IN :ids ORDER BY l.position, c.subscription"
+            "FROM whereupon_log l CROSS JOIN whereupon_cursor c WHERE l.event_id IN :ids "
+            "ORDER BY l.position, c.subscription"
         ).bindparams(bindparam("ids", expanding=True))
         async with self.reading() as connection:
             rows = await connection.execute(query, {"ids": [event_id.hex for event_id in event_ids]})
@@ -239,9 +263,9 @@ class SQLiteStore(Store):
 
 def _mine(cursor: Cursor) -> tuple[Any, ...]:
     return (
-        cursors.c.subscription == cursor.subscription,
-        cursors.c.lane == cursor.lane,
-        cursors.c.token == cursor.token,
+        cursor_table.c.subscription == cursor.subscription,
+        cursor_table.c.lane == cursor.lane,
+        cursor_table.c.token == cursor.token,
     )
 
 

@@ -1,15 +1,15 @@
 """What a database does for the bus: keep the log, the cursors over it, and the exceptions.
 
-A subscription is a cursor over the log. What a cursor has passed is settled or has a row among the exceptions; of what lies
-beyond it, `done` names the positions that are settled already. A cursor belongs to one worker at a time, by a lease; its
-token grows with every change of owner, and every write for a subscription names the token it was made under. No such row,
-no commit: a worker that lost its lease can't move a cursor or settle a delivery.
+A subscription is a cursor over the log. What a cursor has passed is settled or has a row among the exceptions; of what
+lies beyond it, `done` names the positions that are settled already. A cursor belongs to one worker at a time, by a
+lease; its token grows with every change of owner, and every write for a subscription names the token it was made under.
+No such row, no commit: a worker that lost its lease can't move a cursor or settle a delivery.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
@@ -58,9 +58,10 @@ class Row(NamedTuple):
 class Due(NamedTuple):
     """An exception whose time has come, its next attempt counted."""
 
-    id: int
     row: Row
     attempt: int
+    interrupted: bool
+    """Whether its last attempt was begun and never ended: the worker that ran it is gone."""
 
 
 @dataclass(slots=True)
@@ -73,6 +74,7 @@ class Cursor:
     place: Any
     """How far it is settled: a position, or a snapshot with a page; the store's own."""
     done: set[int] = field(default_factory=set)
+    """Positions beyond `place` that are settled."""
 
 
 class Page(NamedTuple):
@@ -126,6 +128,10 @@ class Store(abc.ABC):
 
     now: Any
     """The database's clock, in SQL: leases and retries are judged by it alone."""
+    upsert: Callable[..., Any]
+    """The dialect's INSERT, which knows ON CONFLICT."""
+    errors: tuple[type[Exception], ...] = (SQLAlchemyError, OSError)
+    """What is raised where the database does not answer, or not as asked."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -157,27 +163,28 @@ class Store(abc.ABC):
 
     async def revision(self) -> int | None:
         """The revision of the tables, or None where there are none."""
-        with self._reaching():
+        with self.reaching():
             async with self.reading() as connection:
                 return await connection.run_sync(schema.revision_of)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Give back connections that the store keeps for itself."""
 
     async def create_tables(self) -> None:
-        with self._reaching():
+        with self.reaching():
             async with self.writing() as connection:
                 await self.lock_tables(connection)
                 await connection.run_sync(schema.upgrade_on)
 
-    async def lock_tables(self, connection: AsyncConnection) -> None:
+    async def lock_tables(self, connection: AsyncConnection) -> None:  # noqa: B027
         """Have processes that start at once create tables one after the other."""
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def reaching(self) -> Iterator[None]:
+        """What the database raises in this block becomes a `DatabaseUnavailableError` that says what to look at."""
         try:
             yield
-        except (OSError, DBAPIError) as error:
+        except self.errors as error:
             raise DatabaseUnavailableError(self._unavailable(error)) from error
 
     def _unavailable(self, error: BaseException) -> str:
@@ -188,8 +195,9 @@ class Store(abc.ABC):
         statement = select(schema.meta.c.value).where(schema.meta.c.key == "database_id")
         if connection is not None:
             return str(await connection.scalar(statement))
-        async with self.reading() as own:
-            return str(await own.scalar(statement))
+        with self.reaching():
+            async with self.reading() as own:
+                return str(await own.scalar(statement))
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
@@ -224,9 +232,9 @@ class Store(abc.ABC):
             "state": failure.state,
             "attempts": failure.attempts,
             "next_at": None if failure.next_in is None else self.later(failure.next_in),
-            "error_type": without_nul(failure.error_type),
-            "error_message": without_nul(failure.error_message),
-            "traceback": without_nul(failure.traceback),
+            "error_type": _storable(failure.error_type),
+            "error_message": _storable(failure.error_message),
+            "traceback": _storable(failure.traceback),
             "updated_at": self.later(0),
         }
 
@@ -241,15 +249,15 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def claim(self, names: Sequence[str], owner: UUID, lease: float) -> list[Cursor]:
-        """Take the cursors of these subscriptions that nobody holds, for `lease` seconds."""
+        """Take, for `lease` seconds, the cursors of these subscriptions that nobody else holds."""
 
     @abc.abstractmethod
-    async def renew(self, cursors: Sequence[Cursor], lease: float) -> list[Cursor]:
+    async def renew(self, cursors: Sequence[Cursor], owner: UUID, lease: float) -> list[Cursor]:
         """Extend leases; return the cursors that are no longer this worker's."""
 
     @abc.abstractmethod
-    async def release(self, cursors: Sequence[Cursor]) -> None:
-        """Give leases back, so that another worker need not wait for them to run out."""
+    async def release(self, owner: UUID) -> None:
+        """Give all leases of a worker back, so that another need not wait for them to run out."""
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -261,30 +269,38 @@ class Store(abc.ABC):
     async def pulse(self) -> bool:
         """Whether the log may have grown since the last pulse; one cheap statement."""
 
-    async def due(self, cursor: Cursor, limit: int) -> list[Due]:
-        """Exceptions to be tried now; the attempt is recorded before it starts, under the cursor's token."""
-        mine = (exception.c.subscription == cursor.subscription) & (exception.c.lane == cursor.lane)
+    async def due(self, cursor: Cursor, running: Collection[int], limit: int) -> list[Due]:
+        """Exceptions to be tried now; the attempt is recorded before it starts, under the cursor's token.
+
+        One that is marked as running, but at none of the positions that the caller runs, was interrupted.
+        """
         async with self.writing() as connection:
             await self.fence(connection, cursor)
             found = await connection.execute(
                 select(exception)
-                .where(mine, exception.c.state.in_([RETRYING, WAITING]), exception.c.next_at <= self.now)
+                .where(
+                    exception.c.subscription == cursor.subscription,
+                    exception.c.lane == cursor.lane,
+                    or_(
+                        exception.c.state.in_([RETRYING, WAITING]) & (exception.c.next_at <= self.now),
+                        (exception.c.state == RUNNING) & exception.c.position.not_in(running),
+                    ),
+                )
                 .order_by(exception.c.next_at, exception.c.id)
                 .limit(limit)
             )
             rows = found.all()
-            if not rows:
-                return []
-            await connection.execute(
-                update(exception)
-                .where(exception.c.id.in_([row.id for row in rows]))
-                .values(state=RUNNING, attempts=exception.c.attempts + 1, next_at=None, updated_at=self.now)
-            )
+            if rows:
+                await connection.execute(
+                    update(exception)
+                    .where(exception.c.id.in_([row.id for row in rows]))
+                    .values(state=RUNNING, attempts=exception.c.attempts + 1, next_at=None, updated_at=self.now)
+                )
         return [
             Due(
-                row.id,
                 Row(row.position, row.event_id, row.type, row.version, row.payload, row.headers, row.recorded_at),
                 row.attempts + 1,
+                row.state == RUNNING,
             )
             for row in rows
         ]
@@ -310,25 +326,6 @@ class Store(abc.ABC):
 
     now_as_time: Any
 
-    async def interrupted(self, cursor: Cursor) -> list[Due]:
-        """Deliveries that an earlier owner had started, and nobody finished."""
-        async with self.reading() as connection:
-            rows = await connection.execute(
-                select(exception).where(
-                    exception.c.subscription == cursor.subscription,
-                    exception.c.lane == cursor.lane,
-                    exception.c.state == RUNNING,
-                )
-            )
-            return [
-                Due(
-                    row.id,
-                    Row(row.position, row.event_id, row.type, row.version, row.payload, row.headers, row.recorded_at),
-                    row.attempts,
-                )
-                for row in rows
-            ]
-
     # --- settling ---------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -340,26 +337,26 @@ class Store(abc.ABC):
         """Record positions as settled, under the token. Raises `LeaseLost`."""
 
     @abc.abstractmethod
-    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Any) -> None:
-        """Move the cursor and forget `done`, under the token. Raises `LeaseLost`."""
+    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Any, keep: Collection[int]) -> set[int]:
+        """Move the cursor, under the token, and return what is left of `done`. Raises `LeaseLost`.
+
+        Positions that the cursor has passed leave `done`, but for those in `keep`.
+        """
 
     @abc.abstractmethod
     async def done_now(self, connection: AsyncConnection, cursor: Cursor) -> set[int]:
         """The positions recorded as settled, as of now; after `fence`, in its transaction."""
 
-    async def add_failures(self, connection: AsyncConnection, cursor: Cursor, failures: Sequence[Failure]) -> None:
-        """Keep deliveries that did not succeed, after `fence` in the same transaction."""
-        if failures:
-            rows = [self._exception(cursor.subscription, cursor.lane, failure) for failure in failures]
-            await connection.execute(insert(exception), rows)
-
-    async def change_failures(self, connection: AsyncConnection, cursor: Cursor, failures: Sequence[Failure]) -> None:
-        for failure in failures:
-            await connection.execute(
-                update(exception)
-                .where(exception.c.subscription == cursor.subscription, exception.c.position == failure.row.position)
-                .values(self._changes(failure))
-            )
+    async def keep_failures(self, connection: AsyncConnection, cursor: Cursor, failures: Sequence[Failure]) -> None:
+        """Make or change the exceptions of these deliveries, after `fence`; doing it twice is doing it once."""
+        if not failures:
+            return
+        statement = self.upsert(exception)
+        changed = {name: statement.excluded[name] for name in self._changes(failures[0])}
+        await connection.execute(
+            statement.on_conflict_do_update(index_elements=["subscription", "position"], set_=changed),
+            [self._exception(cursor.subscription, cursor.lane, failure) for failure in failures],
+        )
 
     async def forget(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> None:
         """Drop the exceptions of deliveries that have succeeded since."""
@@ -394,7 +391,7 @@ class Store(abc.ABC):
         """For each event and cursor: event id, type, position, what ran inside, subscription, whether it is past it."""
 
     async def deliveries(self, event_ids: Sequence[UUID], heard: Mapping[str, Sequence[str]]) -> list[DeliveryState]:
-        """The state of each delivery of these events to the subscriptions that hear them (by the event's stored type)."""
+        """The state of each delivery of these events to the subscriptions in `heard` under the event's stored type."""
         facts = await self.passed(event_ids)
         positions = sorted({fact[2] for fact in facts})
         if not positions:
@@ -403,9 +400,9 @@ class Store(abc.ABC):
             found = await connection.execute(select(exception).where(exception.c.event_id.in_(list(event_ids))))
             exceptions = {(row.subscription, row.position): row for row in found}
             pages = await connection.execute(
-                select(history.c.subscription, history.c.entries).where(
-                    history.c.first_position <= positions[-1], history.c.last_position >= positions[0]
-                )
+                select(history.c.subscription, history.c.entries)
+                .where(history.c.first_position <= positions[-1], history.c.last_position >= positions[0])
+                .order_by(history.c.id)
             )
             calls: dict[tuple[str, int], Entry] = {}
             for subscription, entries in pages:
@@ -434,8 +431,13 @@ class Store(abc.ABC):
         return states
 
 
+def _storable(value: str | None) -> str | None:
+    """Text as every database can keep it: without NUL characters and lone surrogates."""
+    return None if value is None else str(without_nul(value)).encode("utf-8", "backslashreplace").decode()
+
+
 def lost(cursor: Cursor) -> LeaseLost:
     return LeaseLost(
-        f"the lease of {cursor.subscription} (token {cursor.token}) went to another worker: this worker was away for longer "
-        "than its lease. What it had not committed is rolled back, and delivered by the other"
+        f"the lease of {cursor.subscription} (token {cursor.token}) went to another worker: this worker was away for "
+        "longer than its lease. What it had not committed is rolled back, and delivered by the other"
     )

@@ -1,18 +1,19 @@
 """The worker: reads the log for the subscriptions whose leases it holds, runs their handlers, settles the deliveries.
 
-Each lane (a subscription's cursor) is served by a task that reads pages and one that retries exceptions; both hand what
-became of deliveries to the lane's settler, which commits whatever is ready in one transaction. A delivery keeps its place
-among those in flight until that commit, so a crash repeats no more than `in_flight` calls.
+Each lane (a subscription's cursor) is served by one loop that reads pages and one that retries exceptions; both hand
+what became of deliveries to the lane's settler, which commits whatever is ready in one transaction. A delivery keeps
+its place among those in flight until that commit, so a crash repeats no more than `in_flight` calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import traceback
-from asyncio import CancelledError, Event, Future, Semaphore, Task
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from asyncio import CancelledError, Event, Future, Semaphore, Task, TaskGroup
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from contextvars import Context
 from datetime import UTC, datetime
 from functools import partial
@@ -20,8 +21,8 @@ from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 import msgspec
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, StatementError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from whereupon._staging import handed_out
 from whereupon.codec import Codec
@@ -47,39 +48,50 @@ LONG: Final = 1.0
 """Seconds after which a delivery becomes an exception, so that its page need not wait for it."""
 UNKNOWN_WAIT: Final = 60.0
 """Seconds between two looks at an event that this build does not know; a newer worker may have come meanwhile."""
+UNSAVED: Final = 60.0
+"""Seconds for which a cursor that passed only what its subscription does not hear may stay unsaved."""
 RERUNS: Final = 50
 """How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
+LONGEST_PAUSE: Final = 5.0
+"""Seconds between two tries to reach a database that is away, at most."""
+LAST_WORDS: Final = 3.0
+"""Seconds that a worker which was told to stop takes to write down what has ended."""
 
 
 class _Delivery:
     """One event for one subscription, being delivered."""
 
-    __slots__ = ("attempt", "exceptional", "row", "seconds", "started", "started_at", "task")
+    __slots__ = (
+        "attempt", "cut_short", "ended", "exceptional", "failure", "in_doubt", "interrupted", "row", "seconds",
+        "settled", "started_at", "stored", "task",
+    )  # fmt: skip
 
-    def __init__(self, row: Row, attempt: int, *, exceptional: bool) -> None:
+    def __init__(self, row: Row, attempt: int, *, exceptional: bool, interrupted: bool = False) -> None:
         self.row = row
         self.attempt = attempt
         self.exceptional = exceptional
-        """Whether it has a row among the exceptions."""
-        self.started = 0.0
+        """Whether it may have a row among the exceptions."""
+        self.interrupted = interrupted
+        """Whether the attempt before this one was begun by a worker that is gone."""
+        self.cut_short = False
+        """Whether this worker cancelled it, so that a CancelledError in it is none of the handler's."""
+        self.ended = False
+        """Whether the handler is done."""
+        self.failure: Failure | None = None
+        self.stored = False
+        """Whether the handler's own transaction has recorded that it succeeded."""
+        self.in_doubt = False
+        """Whether that transaction may have committed though it looked as if it failed."""
+        self.settled: Future[None] = asyncio.get_running_loop().create_future()
+        """Done once what became of it is committed."""
         self.started_at = datetime.now(UTC)
         self.seconds = 0.0
         self.task: Task[None] | None = None
 
-
-class _Settlement:
-    """What became of a delivery, on its way into the database."""
-
-    __slots__ = ("committed", "delivery", "failure", "in_doubt", "stored")
-
-    def __init__(self, delivery: _Delivery, failure: Failure | None, *, stored: bool, in_doubt: bool) -> None:
-        self.delivery = delivery
-        self.failure = failure
-        self.stored = stored
-        """Whether the handler's own transaction has recorded it already."""
-        self.in_doubt = in_doubt
-        """Whether that transaction may have committed though it looked as if it failed."""
-        self.committed: Future[None] = asyncio.get_running_loop().create_future()
+    def cancel(self) -> None:
+        self.cut_short = True
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
 
 
 class Worker:
@@ -114,16 +126,13 @@ class Worker:
         """Set whenever something was settled; whoever waits for it clears it."""
         self._tasks: set[Task[None]] = set()
         self._claim_now = Event()
-
-    @property
-    def handler_engine(self) -> AsyncEngine:
-        return self.store.engine
+        self._claimed = Event()
 
     def start(self) -> None:
         for loop in (self._tend, self._watch):
-            self._spawn(self._persist(loop))
+            self.spawn(self._persist(loop))
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> Task[None]:
         # an empty context: what a request left in the starter's would otherwise be seen by every handler
         task = asyncio.get_running_loop().create_task(coroutine, context=Context())
         self._tasks.add(task)
@@ -134,87 +143,104 @@ class Worker:
         """Events of these stored types (None: any) were committed: have the lanes that hear them look."""
         for lane in self.lanes.values():
             if types is None or lane.types is None or not lane.types.isdisjoint(types):
-                lane.wake.set()
+                lane.look()
 
     async def drain(self) -> None:
         """Wait until every lane held here has found nothing left that can be delivered now."""
-        await self._first_claim()
+        await self._claimed.wait()
         for lane in list(self.lanes.values()):
             await lane.idle_again()
-
-    async def _first_claim(self) -> None:
-        while not self._claimed_once and not self.stopping.is_set():
-            await asyncio.sleep(0.005)
-
-    _claimed_once = False
 
     async def stop(self, timeout: float) -> None:
         """Begin nothing more, let what runs end for `timeout` seconds, then cancel it and give the leases back."""
         self.stopping.set()
+        self._claimed.set()
         lanes = list(self.lanes.values())
         for lane in lanes:
             lane.stop()
-        running = {d.task for lane in lanes for d in lane.active if d.task is not None}
-        if running:
-            await asyncio.wait(running, timeout=timeout)
-        tasks = list(self._tasks)
-        for task in tasks:
+        await self._wait_for_deliveries(lanes, timeout)
+        for lane in lanes:
+            for delivery in lane.active:
+                if not delivery.ended:
+                    delivery.cancel()
+        await self._wait_for_deliveries(lanes, LAST_WORDS)
+        for lane in lanes:
+            lane.cancel()
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        with contextlib.suppress(SQLAlchemyError, OSError):  # leases run out by themselves
-            await self.store.release([lane.cursor for lane in lanes if not lane.lost])
+        if self._tasks and (await asyncio.wait(set(self._tasks), timeout=LAST_WORDS))[1]:
+            stuck = sorted(lane.subscription.name for lane in lanes if lane.active)
+            self.log(
+                "error",
+                "worker_stop_incomplete",
+                subscriptions=stuck,
+                error_message="handlers ignore their cancellation; they are left behind",
+            )
+        with contextlib.suppress(LeaseLost, *self.store.errors):  # leases run out by themselves
+            async with asyncio.timeout(LAST_WORDS):
+                for lane in lanes:
+                    await lane.save_place()
+                await self.store.release(self.id)
 
-    async def run(self) -> None:
-        """Deliver until stopped."""
-        self.start()
-        await self.stopping.wait()
+    async def _wait_for_deliveries(self, lanes: Sequence[_Lane], timeout: float) -> None:
+        if tasks := {d.task for lane in lanes for d in lane.active if d.task is not None}:
+            await asyncio.wait(tasks, timeout=timeout)
+
+    def log(self, level: str, name: str, **details: Any) -> None:
+        """Log; a logger that raises does not decide what becomes of a delivery."""
+        try:
+            getattr(self.logger, level)(name, **details)
+        except Exception:
+            logging.getLogger("whereupon").exception("the logger given to the bus raised at %s %r", name, details)
 
     # --- keeping leases, hearing of events --------------------------------------------------------------------------
 
     async def _persist(self, loop: Callable[[], Awaitable[None]]) -> None:
-        """Run a loop for ever; a database that is away is waited for, with backoff."""
+        """Run a loop until cancelled; a database that is away is waited for, with backoff."""
         failures = 0
-        while not self.stopping.is_set():
+        while True:
             try:
                 await loop()
                 if failures:
-                    self.logger.info("worker_database_back", database=self.store.shown_url)
+                    self.log("info", "worker_database_back", database=self.store.shown_url)
                 failures = 0
-            except (SQLAlchemyError, OSError) as error:
+            except Exception as error:
                 failures += 1
                 await self.pause_after(error, failures)
 
     async def pause_after(self, error: Exception, failures: int) -> None:
-        if self.stopping.is_set():
-            return
-        wait = random.uniform(0.5, 1) * min(30.0, 0.1 * 2 ** min(failures, 10))
+        wait = random.uniform(0.5, 1) * min(LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))
         if failures == 1 or failures % 10 == 0:
-            self.logger.warning(
-                "worker_database_unavailable",
+            away = isinstance(error, self.store.errors) and not _is_refusal(error)
+            self.log(
+                "warning" if away else "error",
+                "worker_database_unavailable" if away else "worker_database_refused",
                 database=self.store.shown_url,
                 error_type=type(error).__name__,
-                error_message=str(getattr(error, "orig", None) or error),
+                error_message=_message(getattr(error, "orig", None) or error)
+                + ("" if away else ". Nothing is lost; `whereupon db status` says whether the tables are in order"),
                 retry_in_seconds=round(wait, 2),
+                exc_info=None if away else error,
             )
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stopping.wait(), wait)
+        await asyncio.sleep(wait)
 
     async def _tend(self) -> None:
         """Renew the leases held, take those that nobody holds."""
-        held = [lane for lane in self.lanes.values() if not lane.lost]
-        if held:
-            gone = await self.store.renew([lane.cursor for lane in held], self.lease)
-            for cursor in gone:
-                self._lose(self.lanes[cursor.subscription])
+        if held := list(self.lanes.values()):
+            for cursor in await self.store.renew([lane.cursor for lane in held], self.id, self.lease):
+                lane = self.lanes.get(cursor.subscription)
+                if lane is not None and lane.cursor is cursor:
+                    self.lose(lane)
         missing = [name for name in self.subscriptions if name not in self.lanes]
-        if missing:
+        if missing and not self.stopping.is_set():
             for cursor in await self.store.claim(missing, self.id, self.lease):
-                lane = self.lanes[cursor.subscription] = _Lane(self, self.subscriptions[cursor.subscription], cursor)
+                lane = _Lane(self, self.subscriptions[cursor.subscription], cursor)
+                self.lanes[cursor.subscription] = lane
                 lane.start()
-        self._claimed_once = True
-        # those held by another worker are free at the latest one lease after it died
-        wait = self.lease / 3 if self.lanes.keys() == self.subscriptions.keys() else min(self.lease / 3, 1.0)
+            missing = [name for name in missing if name not in self.lanes]
+        self._claimed.set()
+        # another worker's leases are free when it stops, and at the latest one lease after it died
+        wait = self.lease / 3 if not missing else min(self.lease / 3, 0.5)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._claim_now.wait(), wait)
         self._claim_now.clear()
@@ -225,19 +251,22 @@ class Worker:
             self.wake()
         await asyncio.sleep(self.poll_interval)
 
-    def _lose(self, lane: _Lane) -> None:
+    def lose(self, lane: _Lane, error: Exception | None = None) -> None:
+        """Give a lane up: another worker has it, or something unforeseen happened in it."""
         if lane.lost:
             return
         lane.lost = True
         lane.cancel()
         self.lanes.pop(lane.subscription.name, None)
-        self._claim_now.set()
-        self.logger.warning(
-            "worker_lease_lost",
-            subscription=lane.subscription.name,
-            worker=str(self.id),
-            error_message="another worker took over; what was not committed is delivered by that one",
-        )
+        details = {"subscription": lane.subscription.name, "worker": str(self.id)}
+        if error is None:
+            self._claim_now.set()
+            what = "another worker took over; what was not committed is delivered by that one"
+            self.log("warning", "worker_lease_lost", **details, error_message=what)
+        else:
+            details["error_type"] = type(error).__name__
+            what = f"{_message(error)} (the lane is given up, and taken again)"
+            self.log("error", "worker_lane_failed", **details, error_message=what, exc_info=error)
 
 
 class _Lane:
@@ -256,62 +285,69 @@ class _Lane:
                 name for cls in subscription.event_types for name in (cls.__event__.name, *cls.__event__.aliases)
             )
         )
-        self.wake = Event()
         self.lost = False
         self.active: set[_Delivery] = set()
+        self._task: Task[None] | None = None
         self._stopping = False
         self._slots = Semaphore(subscription.concurrency)
-        self._ready: list[_Settlement] = []
-        self._ready_event = Event()
+        self._wake = Event()
+        self._retry = Event()
+        self._nothing_due = False
+        self._ready: list[_Delivery] = []
+        self._something_ready = Event()
         self._settling = asyncio.Lock()
-        self._retry_event = Event()
+        """Held while exceptions or the cursor are changed: each change sees what the one before it has settled."""
+        self._saved_at = asyncio.get_running_loop().time()
+        self._unsaved = False
         self._idle_rounds = 0
         self._idle_changed = asyncio.Condition()
-        self._tasks: list[Task[None]] = []
 
     def start(self) -> None:
-        spawn = self.worker._spawn
-        self._tasks = [
-            spawn(self._keep(self._pages())),
-            spawn(self._keep(self._retries())),
-            spawn(self._keep(self._settle())),
-        ]
+        self._task = self.worker.spawn(self._serve())
+
+    def look(self) -> None:
+        """There may be something new in the log."""
+        self._wake.set()
+        if self.subscription.delivery is Delivery.IN_TRANSACTION:
+            self._retry.set()  # publishers write the exceptions of these
 
     def stop(self) -> None:
         self._stopping = True
-        self.wake.set()
-        self._retry_event.set()
+        self._wake.set()
+        self._retry.set()
 
     def cancel(self) -> None:
         self.stop()
-        current = asyncio.current_task()
-        for task in [*self._tasks, *(d.task for d in self.active if d.task is not None)]:
-            if task is not current:
-                task.cancel()
+        for delivery in list(self.active):
+            delivery.cancel()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
 
     async def idle_again(self) -> None:
-        """Wait until a read that begins from now on finds nothing, with nothing in flight."""
+        """Wait until a read that begins from now on finds nothing, with nothing in flight and no retry due."""
         async with self._idle_changed:
-            round_before = self._idle_rounds
-            while not self._stopping and not self.lost and self._idle_rounds < round_before + 2:
-                self.wake.set()
+            seen = self._idle_rounds
+            while not self._stopping and not self.lost and self._idle_rounds < seen + 2:
+                self.look()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._idle_changed.wait(), 0.05)
 
-    async def _keep(self, part: Coroutine[Any, Any, None]) -> None:
+    async def save_place(self) -> None:
+        if self._unsaved and not self.lost:
+            await self._move(self.cursor.place)
+
+    async def _serve(self) -> None:
         try:
-            await part
-        except LeaseLost:
-            self.worker._lose(self)
-        except Exception as error:
-            self.worker.logger.error(
-                "worker_lane_failed",
-                subscription=self.subscription.name,
-                error_type=type(error).__name__,
-                error_message=f"{error} (the lane is given up, and taken again)",
-                exc_info=error,
-            )
-            self.worker._lose(self)
+            async with TaskGroup() as group:
+                for part in (self._pages, self._retries, self._settle):
+                    group.create_task(part(), context=Context())
+        except* LeaseLost:
+            self.worker.lose(self)
+        except* Exception as errors:
+            self.worker.lose(self, errors.exceptions[0])
+        finally:
+            for delivery in list(self.active):  # nobody is left to settle them
+                delivery.cancel()
 
     async def _with_database(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeat a call until the database answers."""
@@ -319,13 +355,11 @@ class _Lane:
         while True:
             try:
                 return await call()
-            except IntegrityError:
-                raise
-            except (SQLAlchemyError, OSError) as error:
+            except self.store.errors as error:
+                if self._stopping:
+                    raise CancelledError from error
                 failures += 1
                 await self.worker.pause_after(error, failures)
-                if self.worker.stopping.is_set():
-                    raise CancelledError from error
 
     # --- new events -------------------------------------------------------------------------------------------------
 
@@ -333,33 +367,24 @@ class _Lane:
         skip_ran = self.subscription.delivery is Delivery.IN_TRANSACTION
         types = None if self.types is None else sorted(self.types)
         while not self._stopping:
-            self.wake.clear()
+            self._wake.clear()
             page = await self._with_database(partial(self.store.read, self.cursor, types, skip_ran, PAGE))
             if page.rows:
                 await self._deliver_page(page)
                 continue
-            if self.cursor.done:
-                await self._move(page.after, [])
-            else:
+            unsaved_for = asyncio.get_running_loop().time() - self._saved_at
+            if self.cursor.done or (self._unsaved and unsaved_for > UNSAVED):
+                await self._with_database(partial(self._move, page.after))
+            elif self.cursor.place != page.after:
                 self.cursor.place = page.after  # nothing was to be done up to there: saved with the next move
+                self._unsaved = True
             if not page.complete:
                 continue
-            if not self.active:
+            if not self.active and self._nothing_due and not self._retry.is_set():
                 async with self._idle_changed:
                     self._idle_rounds += 1
                     self._idle_changed.notify_all()
-                await self.wake.wait()
-            else:
-                await self._wake_or(self.active)
-
-    async def _wake_or(self, active: set[_Delivery]) -> None:
-        """Wait until something is published or a long delivery ends."""
-        waker = asyncio.ensure_future(self.wake.wait())
-        try:
-            tasks = {d.task for d in active if d.task is not None}
-            await asyncio.wait({waker, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waker.cancel()
+            await self._wake.wait()
 
     async def _deliver_page(self, page: Page) -> None:
         deliveries = []
@@ -367,158 +392,166 @@ class _Lane:
             await self._slots.acquire()
             await self.worker.slots.acquire()
             if self._stopping:
-                self._slots.release()
-                self.worker.slots.release()
+                self._free_slots(1)
                 return  # the cursor stays before what was not begun
-            delivery = _Delivery(row, 1, exceptional=False)
-            deliveries.append(delivery)
-            self._begin(delivery)
+            deliveries.append(self._begin(_Delivery(row, 1, exceptional=False)))
             if len(deliveries) % 50 == 0:
                 await asyncio.sleep(0)
-        tasks = [d.task for d in deliveries if d.task is not None and not d.task.done()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=LONG)
-        running = [d for d in deliveries if d.task is not None and not d.task.done()]
-        await self._move(page.after, running)
+        await asyncio.wait([delivery.settled for delivery in deliveries], timeout=LONG)
+        await self._with_database(partial(self._move, page.after, deliveries))
 
-    async def _move(self, place: Any, running: list[_Delivery]) -> None:
-        """Move the cursor past a page; deliveries of it that still run go on as exceptions."""
-        for delivery in running:
-            delivery.exceptional = True  # before the lock: whoever holds it either sees this or is seen by `done_now`
-
-        async def move() -> None:
-            async with self._settling, self.store.writing() as connection:
+    async def _move(self, place: Any, deliveries: Sequence[_Delivery] = ()) -> None:
+        """Move the cursor past a page; deliveries of it that are not settled go on as exceptions."""
+        for delivery in deliveries:
+            # Before the lock: a handler's transaction that comes after this one must know of the row.
+            delivery.exceptional = delivery.exceptional or not delivery.settled.done()
+        async with self._settling:
+            async with self.store.writing() as connection:
                 await self.store.fence(connection, self.cursor)
-                if running:
+                if running := [delivery for delivery in deliveries if not delivery.settled.done()]:
                     done = await self.store.done_now(connection, self.cursor)
-                    await self.store.add_failures(
+                    await self.store.keep_failures(
                         connection,
                         self.cursor,
-                        [
-                            Failure(delivery.row, RUNNING, delivery.attempt, None)
-                            for delivery in running
-                            if delivery.row.position not in done and delivery.seconds == 0.0
-                        ],
+                        [_unsettled(d) for d in running if d.row.position not in done],
                     )
-                await self.store.move(connection, self.cursor, place)
-            self.cursor.place = place
-            self.cursor.done.clear()
-
-        await self._with_database(move)
-        self._unsaved = False
+                # whether a commit in doubt has happened is told by `done`, so what is not settled stays there
+                keep = [delivery.row.position for delivery in self.active if not delivery.settled.done()]
+                done = await self.store.move(connection, self.cursor, place, keep)
+            self.cursor.place, self.cursor.done = place, done
+            self._unsaved = False
+            self._saved_at = asyncio.get_running_loop().time()
 
     # --- retries ----------------------------------------------------------------------------------------------------
 
     async def _retries(self) -> None:
-        await self._take_over()
+        look, failures = True, 0  # an earlier owner may have left exceptions running
         while not self._stopping:
-            self._retry_event.clear()
-            free = max(1, min(PAGE, self.subscription.concurrency))
-            for due in await self._with_database(partial(self.store.due, self.cursor, free)):
-                await self._slots.acquire()
+            self._retry.clear()
+            wait = 0.0 if look else await self._with_database(partial(self.store.next_due, self.cursor))
+            if wait is None or wait > 0:
+                self._nothing_due = True
+                with contextlib.suppress(TimeoutError):
+                    # an operator's retry from elsewhere is found within a minute
+                    await asyncio.wait_for(self._retry.wait(), 60.0 if wait is None else min(wait + 0.001, 60.0))
+                self._nothing_due = False
+                continue
+            free = await self._take_slots()
+            try:
+                begun = await self._begin_due(free)
+                look, failures = begun == free, 0
+                free -= begun
+            except self.store.errors as error:
+                look, failures = True, failures + 1  # it may be committed: what it marked as running runs nowhere
+                await self.worker.pause_after(error, failures)
+            finally:
+                self._free_slots(free)
+
+    async def _begin_due(self, limit: int) -> int:
+        async with self._settling:
+            running = [delivery.row.position for delivery in self.active]
+            due = await self.store.due(self.cursor, running, limit)
+            for one in due:
+                self._begin(_Delivery(one.row, one.attempt, exceptional=True, interrupted=one.interrupted))
+        return len(due)
+
+    async def _take_slots(self) -> int:
+        """Take the slots that are free, one at least; return how many."""
+        taken = 0
+        while taken == 0 or (taken < PAGE and not self._slots.locked() and not self.worker.slots.locked()):
+            await self._slots.acquire()
+            try:
                 await self.worker.slots.acquire()
-                self._begin(_Delivery(due.row, due.attempt, exceptional=True))
-            wait = await self._with_database(partial(self.store.next_due, self.cursor))
-            with contextlib.suppress(TimeoutError):
-                # an operator's retry from elsewhere is found within a minute
-                await asyncio.wait_for(self._retry_event.wait(), 60.0 if wait is None else min(wait + 0.001, 60.0))
+            except CancelledError:
+                self._slots.release()
+                raise
+            taken += 1
+        return taken
 
-    async def _take_over(self) -> None:
-        """Deal with deliveries that an earlier owner began and did not finish: each call was an attempt."""
-        interrupted = await self._with_database(partial(self.store.interrupted, self.cursor))
-        if not interrupted:
-            return
-        failures = []
-        for due in interrupted:
-            used_up = due.attempt >= self.subscription.retry.max_attempts
-            failures.append(
-                Failure(
-                    due.row,
-                    DEAD if used_up else RETRYING,
-                    due.attempt,
-                    None if used_up else 0.0,
-                    "Interrupted",
-                    f"the worker ended while attempt {due.attempt} ran"
-                    + (": crash loop, all attempts used" if used_up else ""),
-                )
-            )
-
-        async def change() -> None:
-            async with self.store.writing() as connection:
-                await self.store.fence(connection, self.cursor)
-                await self.store.change_failures(connection, self.cursor, failures)
-
-        await self._with_database(change)
-
-    # --- one delivery -----------------------------------------------------------------------------------------------
-
-    def _begin(self, delivery: _Delivery) -> None:
-        self.active.add(delivery)
-        delivery.task = self.worker._spawn(self._deliver(delivery))
-
-    async def _deliver(self, delivery: _Delivery) -> None:
-        try:
-            await self._attempt(delivery)
-        except LeaseLost:
-            self.worker._lose(self)
-        finally:
-            self.active.discard(delivery)
+    def _free_slots(self, number: int) -> None:
+        for _ in range(number):
             self._slots.release()
             self.worker.slots.release()
 
-    async def _attempt(self, delivery: _Delivery) -> None:
-        loop = asyncio.get_running_loop()
-        delivery.started = loop.time()
+    # --- one delivery -----------------------------------------------------------------------------------------------
+
+    def _begin(self, delivery: _Delivery) -> _Delivery:
+        self.active.add(delivery)
+        delivery.task = self.worker.spawn(self._deliver(delivery))
+        delivery.task.add_done_callback(partial(self._over, delivery))  # also of one that never got to its first step
+        return delivery
+
+    async def _deliver(self, delivery: _Delivery) -> None:
+        started = asyncio.get_running_loop().time()
         delivery.started_at = datetime.now(UTC)
-        failure: Failure | None = None
-        stored = in_doubt = False
+        try:
+            delivery.failure = await self._attempt(delivery)
+            delivery.seconds = asyncio.get_running_loop().time() - started
+            delivery.ended = True
+            self._ready.append(delivery)
+            self._something_ready.set()
+            await asyncio.shield(delivery.settled)
+        except LeaseLost:
+            self.worker.lose(self)
+        except CancelledError:
+            if not delivery.ended:
+                await self._put_back(delivery)
+            raise
+        except Exception as error:
+            self.worker.lose(self, error)
+
+    def _over(self, delivery: _Delivery, _: Task[None]) -> None:
+        self.active.discard(delivery)
+        self._free_slots(1)
+
+    async def _attempt(self, delivery: _Delivery) -> Failure | None:
+        """Call the handler; return what went wrong. Raises `LeaseLost`, or CancelledError if the worker did."""
+        if delivery.interrupted and delivery.attempt > self.subscription.retry.max_attempts:
+            return self._crash_loop(delivery)
         try:
             event, context = self._decode(delivery)
         except UnknownEventError as error:
-            failure = self._failure(delivery, error, WAITING, delivery.attempt - 1, UNKNOWN_WAIT)
-        except EventDecodingError as error:
-            failure = self._failure(delivery, error, DEAD, delivery.attempt, None)
-        else:
-            try:
-                if self.subscription.session_parameter is None:
-                    await self._call(event, context, None)
-                else:
-                    in_doubt = True
-                    await self._call_in_transaction(delivery, event, context)
-                    stored = True
-            except LeaseLost:
+            self._report_unreadable(delivery, error, WAITING)
+            return _failure(delivery, error, WAITING, UNKNOWN_WAIT, attempts=delivery.attempt - 1)
+        except Exception as error:
+            self._report_unreadable(delivery, error, DEAD)
+            return _failure(delivery, error, DEAD, None)
+        try:
+            if self.subscription.session_parameter is None:
+                await self._call(event, context, None)
+            else:
+                await self._call_in_transaction(delivery, event, context)
+        except (LeaseLost, KeyboardInterrupt, GeneratorExit):
+            raise
+        except CancelledError as error:
+            if delivery.cut_short:
                 raise
-            except CancelledError as error:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    await self._interrupted(delivery)
-                    raise
-                failure = self._judge(delivery, event, error)
-            except Exception as error:
-                failure = self._judge(delivery, event, error)
-        delivery.seconds = max(loop.time() - delivery.started, 1e-9)
-        settlement = _Settlement(delivery, failure, stored=stored, in_doubt=in_doubt and failure is not None)
-        self._ready.append(settlement)
-        self._ready_event.set()
-        await settlement.committed
+            # raised by the handler, which may also have cancelled its own task
+            task = asyncio.current_task()
+            while task is not None and task.cancelling():
+                task.uncancel()
+            return self._judge(delivery, event, error)
+        except BaseException as error:  # SystemExit, too: no handler ends the worker
+            return self._judge(delivery, event, error)
+        return None
 
-    async def _interrupted(self, delivery: _Delivery) -> None:
+    async def _put_back(self, delivery: _Delivery) -> None:
         """A stop cut the handler short: a retry goes back to its queue, its attempt not used."""
         if not delivery.exceptional or self.lost:
             return
-        failure = Failure(delivery.row, RETRYING, delivery.attempt - 1, 0.0, "Interrupted", "the worker was stopped")
-        with contextlib.suppress(SQLAlchemyError, OSError, LeaseLost):  # the next owner finds it running, and retries
-            async with self.store.writing() as connection:
+        with contextlib.suppress(LeaseLost, *self.store.errors):  # the next owner finds it running, and retries
+            async with self._settling, self.store.writing() as connection:
                 await self.store.fence(connection, self.cursor)
-                await self.store.change_failures(connection, self.cursor, [failure])
+                if delivery.row.position not in await self.store.done_now(connection, self.cursor):
+                    await self.store.keep_failures(connection, self.cursor, [_unsettled(delivery)])
 
     def _decode(self, delivery: _Delivery) -> tuple[DomainEvent, EventContext]:
         row = delivery.row
         cls = self.worker.class_of(row.type)
         if cls is None:
             raise UnknownEventError(
-                f"no event class of this process is stored as {row.type!r}: it waits for a worker that knows it. Import its "
-                "module where the bus is made, or add the name to the aliases of its successor"
+                f"no event class of this process is stored as {row.type!r}: it waits for a worker that knows it. "
+                "Import its module where the bus is made, or add the name to the aliases of its successor"
             )
         event = self.worker.codec.decode(cls, row.version, row.payload)
         try:
@@ -552,7 +585,8 @@ class _Lane:
         """Run the handler; commit what it wrote together with the record that it ran."""
         position = delivery.row.position
         for rerun in range(RERUNS + 1):
-            async with AsyncSession(self.worker.handler_engine, expire_on_commit=False) as session:
+            delivery.in_doubt = False
+            async with AsyncSession(self.store.engine, expire_on_commit=False) as session:
                 try:
                     with handed_out(session, self.subscription.name):
                         await self._call(event, context, session)
@@ -561,8 +595,9 @@ class _Lane:
                     await self.store.mark_done(connection, self.cursor, [position])
                     if delivery.exceptional:
                         await self.store.forget(connection, self.cursor, [position])
+                    delivery.in_doubt = True
                     await session.commit()
-                    self.cursor.done.add(position)
+                    delivery.stored = True
                     return
                 except DBAPIError as error:
                     if rerun == RERUNS or not _lost_a_race(error):
@@ -572,102 +607,140 @@ class _Lane:
     def _judge(self, delivery: _Delivery, event: DomainEvent, error: BaseException) -> Failure:
         """What follows from what a handler raised."""
         retry, attempt = self.subscription.retry, delivery.attempt
-        if isinstance(error, Discard):
-            return self._failure(delivery, error, SKIPPED, attempt, None)
-        last = attempt >= retry.max_attempts
-        wait = error.delay if isinstance(error, RetryLater) else retry.wait(attempt)
         details = {
             "event_type": type(event).__name__,
             "event_id": str(event.event_id),
             "handler_name": self.subscription.handler_name,
             "error_type": type(error).__name__,
-            "error_message": str(error),
+            "error_message": _message(error),
             "subscription": self.subscription.name,
             "attempt": attempt,
         }
-        if last:
-            self.worker.logger.error("event_delivery_dead", **details)
-        else:
+        if isinstance(error, Discard):
+            self.worker.log("info", "event_delivery_skipped", **details)
+            return _failure(delivery, error, SKIPPED, None)
+        dead = attempt >= retry.max_attempts
+        wait = None if dead else error.delay if isinstance(error, RetryLater) else retry.wait(attempt)
+        if wait is not None:
             details["retry_in_seconds"] = round(wait, 3)
-        self.worker.logger.warning(
-            "event_handler_failed", **details, exc_info=None if isinstance(error, CancelledError) else error
-        )
-        return self._failure(delivery, error, DEAD if last else RETRYING, attempt, None if last else wait)
+        # a logger would take the trace of a CancelledError for its own task's end
+        exc_info = None if isinstance(error, CancelledError) else error
+        self.worker.log("warning", "event_handler_failed", **details, exc_info=exc_info)
+        if dead:
+            self.worker.log("error", "event_delivery_dead", **details)
+        return _failure(delivery, error, DEAD if dead else RETRYING, wait)
 
-    def _failure(
-        self, delivery: _Delivery, error: BaseException, state: str, attempts: int, next_in: float | None
-    ) -> Failure:
-        if isinstance(error, EventDecodingError):
-            self.worker.logger.error(
-                "event_undecodable",
-                event_type=delivery.row.type,
-                event_id=str(delivery.row.event_id),
-                subscription=self.subscription.name,
-                error_type=type(error).__name__,
-                error_message=str(error),
-                state=state,
-            )
-        text = "".join(traceback.format_exception(error))
-        return Failure(delivery.row, state, attempts, next_in, type(error).__name__, str(error)[:4000], text[-16000:])
+    def _crash_loop(self, delivery: _Delivery) -> Failure:
+        attempts = delivery.attempt - 1
+        why = f"the worker ended while attempt {attempts} of {self.subscription.retry.max_attempts} ran: crash loop"
+        self.worker.log(
+            "error",
+            "event_delivery_dead",
+            event_type=delivery.row.type,
+            event_id=str(delivery.row.event_id),
+            handler_name=self.subscription.handler_name,
+            error_type="Interrupted",
+            error_message=why,
+            subscription=self.subscription.name,
+            attempt=attempts,
+        )
+        return Failure(delivery.row, DEAD, attempts, None, "Interrupted", why)
+
+    def _report_unreadable(self, delivery: _Delivery, error: Exception, state: str) -> None:
+        if state == WAITING and delivery.exceptional:
+            return  # said when it was met first
+        self.worker.log(
+            "error" if state == DEAD else "warning",
+            "event_undecodable" if state == DEAD else "event_unknown",
+            event_type=delivery.row.type,
+            event_id=str(delivery.row.event_id),
+            subscription=self.subscription.name,
+            error_type=type(error).__name__,
+            error_message=_message(error),
+            state=state,
+        )
 
     # --- settling ---------------------------------------------------------------------------------------------------
 
     async def _settle(self) -> None:
         while True:
-            await self._ready_event.wait()
-            self._ready_event.clear()
+            await self._something_ready.wait()
+            self._something_ready.clear()
             batch, self._ready = self._ready, []
-            if not batch:
-                continue
-            await self._with_database(partial(self._commit, batch))
-            for settlement in batch:
-                if not settlement.committed.done():
-                    settlement.committed.set_result(None)
-            if any(settlement.failure is not None for settlement in batch):
-                self._retry_event.set()
-            self.worker.settled.set()
+            if batch:
+                await self._with_database(partial(self._commit, batch))
+                if any(delivery.failure is not None for delivery in batch):
+                    self._retry.set()
+                self.worker.settled.set()
 
-    async def _commit(self, batch: list[_Settlement]) -> None:
-        done, forget, new, changed = [], [], [], []
-        entries = []
-        async with self._settling, self.store.writing() as connection:
-            await self.store.fence(connection, self.cursor)
-            known: set[int] | None = None
-            for settlement in batch:
-                delivery, failure = settlement.delivery, settlement.failure
-                position = delivery.row.position
-                if settlement.in_doubt and not delivery.exceptional:
-                    if known is None:
-                        known = await self.store.done_now(connection, self.cursor)
-                    if position in known:  # its COMMIT did succeed; only the answer was lost
-                        failure = None
-                entries.append(
-                    Entry(
-                        position,
-                        delivery.row.event_id,
-                        delivery.started_at,
-                        round(delivery.seconds, 6),
-                        delivery.attempt,
-                        "succeeded" if failure is None else failure.state,
-                    )
-                )
-                if settlement.stored:
-                    continue
-                if failure is None:
-                    done.append(position)
-                    if delivery.exceptional:
-                        forget.append(position)
-                elif delivery.exceptional:
-                    changed.append(failure)
-                else:
-                    new.append(failure)
-            if done:
-                await self.store.mark_done(connection, self.cursor, done)
-            await self.store.forget(connection, self.cursor, forget)
-            await self.store.add_failures(connection, self.cursor, new)
-            await self.store.change_failures(connection, self.cursor, changed)
-            await self.store.remember(connection, self.cursor, self.worker.id, entries)
-        self.cursor.done.update(done)
+    async def _commit(self, batch: Sequence[_Delivery]) -> None:
+        async with self._settling:
+            async with self.store.writing() as connection:
+                await self.store.fence(connection, self.cursor)
+                if any(delivery.in_doubt and not delivery.stored for delivery in batch):
+                    done = await self.store.done_now(connection, self.cursor)
+                    for delivery in batch:
+                        if delivery.in_doubt and delivery.row.position in done:  # only COMMIT's answer was lost
+                            delivery.stored, delivery.failure = True, None
+                succeeded = [d for d in batch if d.failure is None and not d.stored]
+                if succeeded:
+                    await self.store.mark_done(connection, self.cursor, [d.row.position for d in succeeded])
+                await self.store.forget(connection, self.cursor, [d.row.position for d in succeeded if d.exceptional])
+                failures = [d.failure for d in batch if d.failure is not None]
+                await self.store.keep_failures(connection, self.cursor, failures)
+                await self.store.remember(connection, self.cursor, self.worker.id, [_entry(d) for d in batch])
+            self.cursor.done.update(d.row.position for d in batch if d.failure is None)
+            for delivery in batch:
+                delivery.settled.set_result(None)
+
+
+def _entry(delivery: _Delivery) -> Entry:
+    return Entry(
+        delivery.row.position,
+        delivery.row.event_id,
+        delivery.started_at,
+        round(delivery.seconds, 6),
+        delivery.attempt,
+        "succeeded" if delivery.failure is None else delivery.failure.state,
+    )
+
+
+def _unsettled(delivery: _Delivery) -> Failure:
+    """The exception of a delivery that runs, or that a stop cut short: that attempt is not used."""
+    if delivery.cut_short:
+        return Failure(delivery.row, RETRYING, delivery.attempt - 1, 0.0, "Interrupted", "the worker was stopped")
+    return Failure(delivery.row, RUNNING, delivery.attempt, None)
+
+
+def _failure(
+    delivery: _Delivery, error: BaseException, state: str, next_in: float | None, *, attempts: int | None = None
+) -> Failure:
+    try:
+        trace = "".join(traceback.format_exception(error))[-16000:]
+    except Exception as broken:  # an exception may do anything in its own __str__
+        trace = f"its traceback can't be shown: {type(broken).__name__}"
+    used = delivery.attempt if attempts is None else attempts
+    return Failure(delivery.row, state, used, next_in, type(error).__name__, _message(error)[:4000], trace)
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"its message can't be shown: str() of it raised {type(broken).__name__}"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the database answered, but will not do what was asked of it: waiting alone mends nothing."""
+    if isinstance(error, (ProgrammingError, IntegrityError, DataError)):
+        return True
+    if isinstance(error, DBAPIError):
+        # SQLite has one class for what will pass and for what will not
+        return "sqlite" in type(error.orig).__module__ and not any(cause in str(error.orig) for cause in _PASSING)
+    return isinstance(error, StatementError)
+
+
+_PASSING: Final = ("locked", "full", "disk I/O", "unable to open", "interrupted")
 
 
 def _lost_a_race(error: DBAPIError) -> bool:
