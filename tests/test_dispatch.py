@@ -952,3 +952,30 @@ async def test_the_debug_mode_of_asyncio_finds_nothing_to_complain_of(stage: Sta
     stage.start(quiet, yielding)
     await stage.end()
     assert stage.errors() == {}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+async def test_eager_tasks_may_start_handlers_and_be_made_by_them(stage: Stage) -> None:
+    asyncio.get_running_loop().set_task_factory(vars(asyncio)["eager_task_factory"])
+    seen: list[str] = []
+
+    async def child() -> None:
+        seen.append("child")
+        await asyncio.sleep(0)
+
+    async def makes_a_task(event: object) -> None:
+        own = mine()
+        task = asyncio.create_task(child())
+        assert asyncio.current_task() is own
+        await task
+        assert asyncio.current_task() is own
+
+    async def publisher() -> None:
+        own = mine()
+        stage.start(quiet, makes_a_task, yielding)
+        assert asyncio.current_task() is own
+
+    await asyncio.create_task(publisher())
+    await stage.end()
+    assert seen == ["child"]
+    assert stage.errors() == {}

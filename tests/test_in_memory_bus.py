@@ -10,7 +10,7 @@ import sys
 import tracemalloc
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -31,6 +31,7 @@ from whereupon import (
     SessionRequiredError,
     request_metadata,
 )
+from whereupon.memory import _Staged
 
 
 class OrderPlaced(DomainEvent):
@@ -1036,3 +1037,22 @@ async def test_a_publisher_cancelled_after_its_commit_loses_nothing(bus: InMemor
     assert publisher.cancelled()
     await bus.drain(timeout=1)
     assert heard == [7]
+
+
+@pytest.mark.parametrize("closed_before_the_commit", [True, False])
+def test_what_was_committed_for_a_loop_that_is_closed_is_logged_once(
+    bus: InMemoryEventBus, logger: RecordingLogger, closed_before_the_commit: bool
+) -> None:
+    async def hear(event: OrderPlaced) -> None:
+        raise AssertionError("there is no loop to run on")
+
+    bus.subscribe(OrderPlaced, hear)
+    loop = asyncio.new_event_loop()
+    staged = [_Staged(OrderPlaced(), Metadata(), copy_context(), tuple(bus.subscriptions), None, loop)]
+    if closed_before_the_commit:
+        loop.close()
+    bus.committed(staged, certain=True)
+    loop.close()
+    for _ in range(2):
+        asyncio.run(bus.drain(timeout=1))
+    assert logger.failures() == [("hear", "BusStateError")]
