@@ -207,7 +207,7 @@ CREATE TABLE whereupon_audit (
     correlation_id CHAR(32),
     occurred_at DATETIME NOT NULL,
     recorded_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
-);
+) WITHOUT ROWID;
 
 CREATE INDEX whereupon_audit_user_id ON whereupon_audit (user_id, occurred_at);
 
@@ -220,6 +220,10 @@ CREATE TRIGGER whereupon_audit_no_update BEFORE UPDATE ON whereupon_audit BEGIN
 
 CREATE TRIGGER whereupon_audit_no_delete BEFORE DELETE ON whereupon_audit BEGIN
     SELECT RAISE(ABORT, 'whereupon_audit is append-only: DELETE refused'); END;
+
+CREATE TRIGGER whereupon_audit_no_replace BEFORE INSERT ON whereupon_audit
+    WHEN EXISTS (SELECT 1 FROM whereupon_audit WHERE id = NEW.id OR event_id = NEW.event_id) BEGIN
+    SELECT RAISE(ABORT, 'whereupon_audit is append-only, and this event is in it: REPLACE refused'); END;
 
 INSERT INTO whereupon_meta (key, value) VALUES ('revision', '1'), ('database_id', lower(hex(randomblob(16))));
 """
