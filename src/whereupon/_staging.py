@@ -281,15 +281,16 @@ def _checkin(dbapi_connection: Any, record: ConnectionPoolEntry | PoolProxiedCon
     _conclude(record.info)
 
 
-class _Writer(NamedTuple):
-    """A connection that a task began a transaction on, and how many rows it had changed by then."""
+class _Begun(NamedTuple):
+    """Who began the latest transaction on a connection, and how many rows that had changed by then."""
 
+    task: weakref.ref[asyncio.Task[Any]]
     engine: weakref.ref[Engine]
-    driver: weakref.ref[Any]
     changes: int
 
 
-_writers: weakref.WeakKeyDictionary[asyncio.Task[Any], list[_Writer]] = weakref.WeakKeyDictionary()
+# By the driver's connection, so that one that goes from task to task tells of its latest transaction only.
+_begun: weakref.WeakKeyDictionary[Any, _Begun] = weakref.WeakKeyDictionary()
 
 
 def _note_writer(connection: Connection) -> None:
@@ -297,18 +298,14 @@ def _note_writer(connection: Connection) -> None:
         task = asyncio.current_task()
     except RuntimeError:
         return
-    if task is None:
-        return
-    driver = _driver_of(connection)
-    noted = [writer for writer in _writers.get(task, ()) if _is_open(writer) and writer.driver() is not driver]
-    noted.append(_Writer(weakref.ref(root_of(connection.engine)), weakref.ref(driver), driver.total_changes))
-    _writers[task] = noted
+    if task is not None:
+        driver = _driver_of(connection)
+        _begun[driver] = _Begun(weakref.ref(task), weakref.ref(root_of(connection.engine)), driver.total_changes)
 
 
-def _is_open(writer: _Writer) -> bool:
-    driver = writer.driver()
+def _is_open(driver: Any) -> bool:
     try:
-        return driver is not None and driver.in_transaction
+        return bool(driver.in_transaction)
     except ValueError:  # it was closed
         return False
 
@@ -316,15 +313,14 @@ def _is_open(writer: _Writer) -> bool:
 def task_has_transaction(engine: Engine, *, writing: bool) -> bool:
     """Whether the current task has a transaction open on this SQLite engine, or one that has changed something."""
     task = asyncio.current_task()
-    if task is None:
-        return False
-    for writer in _writers.get(task, ()):
-        driver = writer.driver()
-        if driver is None or writer.engine() is not root_of(engine) or not _is_open(writer):
-            continue
-        if not writing or driver.total_changes != writer.changes:
-            return True
-    return False
+    root = root_of(engine)
+    return task is not None and any(
+        begun.task() is task
+        and begun.engine() is root
+        and _is_open(driver)
+        and (not writing or driver.total_changes != begun.changes)
+        for driver, begun in list(_begun.items())
+    )
 
 
 def _conclude(info: dict[Any, Any]) -> None:

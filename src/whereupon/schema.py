@@ -1,8 +1,13 @@
 """whereupon's tables, and how they come into a database.
 
 `whereupon db upgrade` runs the migrations in a history of their own (table `whereupon_version`). An application with an
-Alembic history can have them in its own instead: `version_locations = ./versions <version_location()>`, then
-`alembic upgrade heads`. Both leave the same tables and the same number in `whereupon_meta`.
+Alembic history can have them in its own instead. In its alembic.ini:
+
+    path_separator = space
+    version_locations = %(here)s/versions whereupon:migrations/versions
+
+and in its env.py `context.configure(…, include_name=whereupon.schema.include_name)`; then `alembic upgrade heads`. Both
+leave the same tables and the same number in `whereupon_meta`.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from sqlalchemy import (
     Uuid,
     inspect,
     select,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
@@ -157,9 +163,18 @@ def version_location() -> str:
     return str(importlib.resources.files("whereupon") / "migrations" / "versions")
 
 
+def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
+    """For Alembic's `context.configure(include_name=…)`: has autogenerate leave whereupon's tables alone."""
+    return not (type_ == "table" and name is not None and name.startswith("whereupon_"))
+
+
 async def upgrade(engine: AsyncEngine) -> None:
-    """Create the tables, or bring them up to this build; nothing happens if they are. Raises `SchemaError`."""
-    async with engine.begin() as connection:
+    """Create the tables, or bring them up to this build; nothing happens if they are. Raises `SchemaError`.
+
+    Processes that do so at once take turns.
+    """
+    # for SQLite: our own engines do not begin then, and what begins without the write lock can't get it after a read
+    async with engine.execution_options(whereupon_immediate=True).begin() as connection:
         await connection.run_sync(upgrade_on)
 
 
@@ -168,13 +183,15 @@ def upgrade_on(connection: Connection) -> None:
     from alembic import command
     from alembic.config import Config
 
-    inspector = inspect(connection)
-    if inspector.has_table("whereupon_meta") and not inspector.has_table(_VERSION_TABLE):
-        if revision_of(connection) == REVISION:
-            return
+    _take_turns(connection)
+    revision = revision_of(connection)
+    if revision is not None and revision >= REVISION:
+        check_revision(revision, connection.engine.url.render_as_string(hide_password=True))
+        return
+    if revision is not None and not inspect(connection).has_table(_VERSION_TABLE):
         raise SchemaError(
-            "whereupon's tables were made by the Alembic history of an application, so that one has to upgrade them: "
-            "run `alembic upgrade heads` there"
+            f"whereupon's tables are of revision {revision}, and this build needs {REVISION}. They were made by the "
+            "Alembic history of an application, so that one has to upgrade them: run `alembic upgrade heads` there"
         )
     config = Config()
     config.set_main_option("script_location", str(importlib.resources.files("whereupon") / "migrations"))
@@ -182,6 +199,15 @@ def upgrade_on(connection: Connection) -> None:
     config.attributes["connection"] = connection
     config.attributes["version_table"] = _VERSION_TABLE
     command.upgrade(config, "head")
+
+
+def _take_turns(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('whereupon db upgrade'))"))
+    elif connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def revision_of(connection: Connection) -> int | None:
