@@ -408,13 +408,13 @@ def test_a_mutable_dataclass_is_refused() -> None:
     ):
 
         @dataclass(kw_only=True)  # pyright: ignore[reportGeneralTypeIssues]
-        class UserRegistered(DomainEvent):
+        class UserRegistered(DomainEvent):  # type: ignore[misc]
             email: str
 
     with pytest.raises(EventDefinitionError, match="leave the decorator out"):
 
         @dataclass  # pyright: ignore[reportGeneralTypeIssues]
-        class UserBlocked(DomainEvent):
+        class UserBlocked(DomainEvent):  # type: ignore[misc]
             email: str
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 from asyncio import CancelledError
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from whereupon.context import Metadata
 from whereupon.errors import EventDefinitionError, PublishError
@@ -26,13 +26,22 @@ if TYPE_CHECKING:
     from typing import Self
 
 E = TypeVar("E", bound=DomainEvent)
-H = TypeVar("H", bound=Callable[..., Any])
+Heard = TypeVar("Heard", bound=DomainEvent)
+P = ParamSpec("P")
 
 
 class _Missing(enum.Enum):
     """Tells `subscribe(X)`, the decorator, from `subscribe(X, None)`, a mistake."""
 
     HANDLER = enum.auto()
+
+
+class Subscriber(Protocol[Heard]):
+    """`@bus.subscribe(X)`: gives back the function that it is put on."""
+
+    def __call__(
+        self, handler: Callable[Concatenate[Heard, P], Coroutine[Any, Any, None]], /
+    ) -> Callable[Concatenate[Heard, P], Coroutine[Any, Any, None]]: ...
 
 
 class Receipt(Protocol):
@@ -79,7 +88,7 @@ class EventBusProtocol(Protocol):
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
-    ) -> Callable[[Handler[E]], Handler[E]]: ...
+    ) -> Subscriber[E]: ...
 
     def register(self, handlers: object, /, **options: Any) -> None: ...
 
@@ -132,11 +141,11 @@ class Subscribing:
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
-    ) -> Callable[[Handler[E]], Handler[E]]: ...
+    ) -> Subscriber[E]: ...
 
     def subscribe(
         self, event_type: type[E], handler: Handler[E] | _Missing = _Missing.HANDLER, /, **options: Any
-    ) -> Callable[[Handler[E]], Handler[E]] | None:
+    ) -> Subscriber[E] | None:
         """Have `handler` hear events of exactly this type; `DomainEvent` hears all of them.
 
         Without a handler it is a decorator. `name` is what progress is stored under (default: the handler's own name),
@@ -146,7 +155,9 @@ class Subscribing:
         """
         if handler is _Missing.HANDLER:
 
-            def decorate(handler: Handler[E]) -> Handler[E]:
+            def decorate(
+                handler: Callable[Concatenate[E, P], Coroutine[Any, Any, None]], /
+            ) -> Callable[Concatenate[E, P], Coroutine[Any, Any, None]]:
                 self._subscribe([(event_type, handler)], options)
                 return handler
 

@@ -144,8 +144,10 @@ class EventType(type):
         if "__dataclass_fields__" in body:  # dataclass(slots=True) makes the class anew: the rules were checked
             _take_over(cls, body)
             return cls
+        if not bases:  # _Root
+            return cls
         frame = sys._getframe(1)
-        parent = next((base.__event__ for base in bases if isinstance(base, EventType)), None)
+        parent = next((base.__event__ for base in bases if hasattr(base, "__event__")), None)
         if parent is None:
             _define(cls, _definition(clsname, abstract=True))
             made: Any = dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)
@@ -783,7 +785,13 @@ def _scalar(hint: Any) -> Any:
             return hint
 
 
-class DomainEvent(metaclass=EventType):
+class _Root(metaclass=EventType):
+    """Type checkers take a class that names such a metaclass itself for not frozen; so `DomainEvent` doesn't."""
+
+    __slots__ = ()
+
+
+class DomainEvent(_Root):
     """A fact: typed, immutable, named in the past tense, with an id (UUIDv7) and the time it happened (UTC).
 
     Subclasses become frozen keyword-only dataclasses by themselves; the explicit decorator is fine too.
@@ -795,7 +803,7 @@ class DomainEvent(metaclass=EventType):
     A class that breaks a rule raises `EventDefinitionError` where it is defined.
     """
 
-    __event__: ClassVar[EventDefinition]
+    __event__: ClassVar[EventDefinition]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     event_id: UUID = field(default_factory=uuid7)
     occurred_at: datetime = field(default_factory=_now)
