@@ -347,7 +347,7 @@ async def isolation(make: Callable[[Sequence[Body]], Way], error: type[BaseExcep
     finished, _ = await asyncio.wait([task], timeout=3)
     publisher = ""
     if not finished:
-        publisher = ", publisher waits for ever"
+        publisher = ", publisher still waits after 3 s"
         task.cancel()
         await asyncio.wait([task], timeout=1)
     elif task.cancelled():
@@ -406,12 +406,15 @@ def machine() -> str:
     return f"{python}, {platform.system()}, {model}, {os.cpu_count()} cores{load}"
 
 
+_FIGURE = str.maketrans("", "", ".,")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = []
     for row in [head, ["-" * width for width in widths], *rows]:
         cells = [
-            cell.ljust(width) if index == 0 or not cell[:1].isdigit() else cell.rjust(width)
+            cell.rjust(width) if index and cell.translate(_FIGURE).isdigit() else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("| " + " | ".join(cells) + " |")
