@@ -69,7 +69,6 @@ async def test_a_row_is_what_the_event_declares_and_who_caused_it(notes: Noteboo
         "resource_id": str(budget),
         "context": {
             "budget_id": str(budget),
-            "user_id": str(user),
             "amount": "12.50",
             "valid_until": "2030-01-02T03:00:00Z",
             "method": "form",
@@ -137,7 +136,7 @@ STATEMENTS = {
 @pytest.mark.parametrize("what", STATEMENTS)
 async def test_the_database_itself_refuses_to_change_a_row(notes: Notebook, what: str) -> None:
     if what == "TRUNCATE" and notes.bus.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has no TRUNCATE; its DELETE without WHERE is refused above")
+        pytest.skip("SQLite has no TRUNCATE, and takes DELETE without WHERE for it")
     async with notes.sessions.begin() as session:
         await notes.bus.publish(NoteShared(note_id=1, user_id=uuid4()), session=session)
     before = await notes.audited()
@@ -149,18 +148,17 @@ async def test_the_database_itself_refuses_to_change_a_row(notes: Notebook, what
 
 @pytest.mark.parametrize("statement", ["INSERT OR REPLACE INTO", "REPLACE INTO"])
 async def test_sqlite_refuses_to_replace_a_row(sqlite_url: str, statement: str) -> None:
-    """REPLACE deletes the row in its way, and fires no trigger for it unless told to."""
+    """REPLACE deletes the row in its way, and SQLite fires no DELETE trigger for that unless told to."""
     async with notebook(sqlite_url, subscribed=lambda bus: bus.register(AuditEventHandler())) as notes:
         async with notes.sessions.begin() as session:
             await notes.bus.publish(NoteShared(note_id=1, user_id=uuid4()), session=session)
         before = await notes.audited()
-        columns = ", ".join(c.name for c in audit_log.columns)
-        changed = columns.replace("action", "'FORGED'", 1)
+        names = ", ".join(column.name for column in audit_log.columns)
+        forged = names.replace("action", "'FORGED'", 1)
+        forgery = f"{statement} whereupon_audit ({names}) SELECT {forged} FROM whereupon_audit"
         async with notes.sessions() as session:
             with pytest.raises(DBAPIError, match="append-only"):
-                await session.execute(
-                    text(f"{statement} whereupon_audit ({columns}) SELECT {changed} FROM whereupon_audit")
-                )
+                await session.execute(text(forgery))
             await session.commit()
         assert await notes.audited() == before
 
