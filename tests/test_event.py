@@ -950,6 +950,44 @@ def test_a_class_local_to_a_function_may_be_defined_again() -> None:
     assert event_class("CrateFound") is second
 
 
+def test_a_class_local_to_a_function_takes_no_name_from_a_module(write: Callable[[str, str], ModuleType]) -> None:
+    def define() -> type[DomainEvent]:
+        @dataclass(frozen=True, kw_only=True, slots=True)
+        class CrateStored(DomainEvent):
+            number: int
+
+        return CrateStored
+
+    first = define()
+    assert event_class("CrateStored") is first
+    module = write("local_shop", SHOP.format(name="CrateStored", keywords=""))
+    assert event_class("CrateStored") is module.CrateStored
+    again = define()
+    assert event_class("CrateStored") is module.CrateStored
+    assert event_class("CrateStored", beside=event_with) is module.CrateStored, (
+        "only what is in a function sees those in one"
+    )
+
+    async def handler(event: Any) -> None: ...
+
+    assert event_class("CrateStored", beside=handler) is again
+
+
+def test_one_bus_never_knows_two_classes_of_one_name(write: Callable[[str, str], ModuleType]) -> None:
+    module = write("one_shop", SHOP.format(name="CrateWeighed", keywords=""))
+
+    class CrateWeighed(DomainEvent):
+        number: int
+
+    async def handler(event: Any) -> None: ...
+
+    bus = InMemoryEventBus()
+    bus.subscribe(module.CrateWeighed, handler)
+    with pytest.raises(EventDefinitionError, match=r"this bus knows one_shop\.CrateWeighed as 'CrateWeighed', and"):
+        bus.subscribe(CrateWeighed, handler)
+    assert [s.event_types for s in bus.subscriptions] == [{module.CrateWeighed}]
+
+
 def test_a_class_that_was_refused_leaves_no_trace(write: Callable[[str, str], ModuleType]) -> None:
     with pytest.raises(EventDefinitionError, match="private"):
         write("wrong_shop", SHOP.format(name="CrateLost", keywords="").replace("number", "_number"))

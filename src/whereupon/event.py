@@ -89,6 +89,8 @@ _SECRET = re.compile(
 _WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 _by_name: weakref.WeakValueDictionary[str, EventType] = weakref.WeakValueDictionary()
+_local_by_name: weakref.WeakValueDictionary[str, EventType] = weakref.WeakValueDictionary()
+"""Classes defined within a function, as tests do: they take no name away, and the latest of a name counts."""
 _undecorated: weakref.WeakKeyDictionary[EventType, tuple[dict[str, Any], frozenset[str]]] = weakref.WeakKeyDictionary()
 """Classes that no explicit decorator has taken over: the defaults of their fields, and what they held before ours."""
 
@@ -411,27 +413,33 @@ def _checked_names(clsname: str, name: str | None, version: Any, aliases: Iterab
     return aliases
 
 
-def _register(cls: EventType, frame: FrameType | None) -> None:
-    """Note the names it is stored under. Without a `frame` it is a class made anew, which replaces the one it was."""
+def _register(cls: EventType, frame: FrameType) -> None:
+    """Note the names it is stored under, or refuse it if one of them is another's."""
     definition = cls.__event__
     names = (definition.name, *definition.aliases)
+    registry = _local_by_name if _is_local(cls) else _by_name
     for stored in names:
-        other = _by_name.get(stored)
-        if other is not None and frame is not None and not _replaces(cls, other, frame):
+        other = registry.get(stored)
+        if other is not None and not _replaces(cls, other, frame):
             raise EventDefinitionError(
                 f"{_place(cls)} would be stored as {stored!r}, as {_place(other)} already is: whoever reads the log "
                 f"could not tell them apart. Rename one, or give it a name of its own: "
                 f"class {cls.__name__}(DomainEvent, name={cls.__module__.split('.')[0] + '.' + cls.__name__!r})"
             )
     for stored in names:
-        _by_name[stored] = cls
+        registry[stored] = cls
+
+
+def _is_local(cls: type) -> bool:
+    return "<locals>" in cls.__qualname__
 
 
 def _replaces(cls: EventType, other: EventType, frame: FrameType) -> bool:
     """Whether `cls` is `other` made anew: a module reloaded, a function or a cell of a notebook run again."""
-    if (cls.__module__, cls.__qualname__) != (other.__module__, other.__qualname__):
-        return "<locals>" in cls.__qualname__ and "<locals>" in other.__qualname__
-    return "<locals>" in cls.__qualname__ or frame.f_code is not other.__event__.source
+    if _is_local(cls):
+        return True
+    same_place = (cls.__module__, cls.__qualname__) == (other.__module__, other.__qualname__)
+    return same_place and frame.f_code is not other.__event__.source
 
 
 def _place(cls: type) -> str:
@@ -441,8 +449,11 @@ def _place(cls: type) -> str:
 def _take_over(cls: EventType, body: dict[str, Any]) -> None:
     """Put `cls`, made by dataclass(slots=True) from the class whose namespace is `body`, in that one's place."""
     definition: EventDefinition = body["__event__"]
-    if not definition.abstract:
-        _register(cls, frame=None)
+    for registry in (_by_name, _local_by_name):
+        for stored in (definition.name, *definition.aliases):
+            known = registry.get(stored)
+            if known is not None and known.__event__ is definition:
+                registry[stored] = cls
     for function in _functions(
         body.values()
     ):  # super() without arguments knows its class by a cell, all of them by one
@@ -832,9 +843,15 @@ def is_event_class(candidate: object) -> typing.TypeGuard[type[DomainEvent]]:
     return isinstance(candidate, EventType)
 
 
-def event_class(stored_name: str) -> type[DomainEvent] | None:
-    """The class stored under this name or alias in this process, if one was imported."""
-    return typing.cast("type[DomainEvent] | None", _by_name.get(stored_name))
+def event_class(stored_name: str, beside: object = None) -> type[DomainEvent] | None:
+    """The class stored under this name or alias in this process, if one was imported.
+
+    A class within a function comes second, but first for what is defined `beside` it, in a function of that module.
+    """
+    found, local = _by_name.get(stored_name), _local_by_name.get(stored_name)
+    if local is not None and "<locals>" in getattr(beside, "__qualname__", ""):
+        found = local if local.__module__ == getattr(beside, "__module__", None) else found
+    return typing.cast("type[DomainEvent] | None", found or local)
 
 
 def ensure_resolved(cls: type[DomainEvent]) -> EventDefinition:

@@ -497,13 +497,12 @@ def handlers_of(handlers: object) -> list[tuple[type[DomainEvent], Callable[...,
         if not callable(method):
             continue
         parameters = list(inspect.signature(method).parameters.values())
-        hint = (
-            _hints(inspect.unwrap(getattr(method, "__func__", method))).get(parameters[0].name) if parameters else None
-        )
+        function = inspect.unwrap(getattr(method, "__func__", method))
+        hint = _hints(function).get(parameters[0].name) if parameters else None
         types_heard = [
             resolved
             for member in _members(hint)
-            if isinstance(resolved := event_class(member) if isinstance(member, str) else member, EventType)
+            if isinstance(resolved := event_class(member, function) if isinstance(member, str) else member, EventType)
         ]
         if not types_heard:
             raise SubscriptionError(
