@@ -45,9 +45,9 @@ def test_each_public_name_can_be_imported(name: str) -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'whereupon' has no attribute 'EventBuss'"):
-        whereupon.EventBuss  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
+        whereupon.EventBuss  # type: ignore[attr-defined]  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ImportError, match="EventBuss"):
-        from whereupon import EventBuss  # noqa: F401 # pyright: ignore[reportAttributeAccessIssue]
+        from whereupon import EventBuss  # type: ignore[attr-defined]  # noqa: F401 # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_every_error_is_in_the_one_tree_and_has_its_place_in_the_picture() -> None:

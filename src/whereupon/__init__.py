@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from whereupon.bus import EventBusProtocol, Receipt
@@ -82,21 +83,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Load what needs SQLAlchemy when it is first asked for."""
-    if name == "EventBus":
-        from whereupon.durable import EventBus
+if not TYPE_CHECKING:  # to a type checker every name would be one of this module's
 
-        return EventBus
-    if name == "AuditEventHandler":
-        from whereupon.audit import AuditEventHandler
-
-        return AuditEventHandler
-    if name == "DeliveryState":
-        from whereupon.store import DeliveryState
-
-        return DeliveryState
-    raise AttributeError(f"module 'whereupon' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Load what needs SQLAlchemy when it is first asked for."""
+        module = {"EventBus": "durable", "AuditEventHandler": "audit", "DeliveryState": "store"}.get(name)
+        if module is None:
+            raise AttributeError(f"module 'whereupon' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"whereupon.{module}"), name)
 
 
 def __dir__() -> list[str]:
