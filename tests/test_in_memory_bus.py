@@ -34,11 +34,11 @@ from whereupon import (
 from whereupon.memory import _Staged
 
 
-class OrderPlaced(DomainEvent):
+class TicketBooked(DomainEvent):
     number: int = 1
 
 
-class OrderShipped(DomainEvent):
+class TicketPrinted(DomainEvent):
     number: int = 1
 
 
@@ -96,16 +96,16 @@ def _nothing_is_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def test_publish_returns_when_the_handlers_are_done(bus: InMemoryEventBus) -> None:
     seen: list[str] = []
 
-    @bus.subscribe(OrderPlaced)
-    async def slow(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def slow(event: TicketBooked) -> None:
         await asyncio.sleep(0.01)
         seen.append("slow")
 
-    @bus.subscribe(OrderPlaced)
-    async def fast(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def fast(event: TicketBooked) -> None:
         seen.append("fast")
 
-    event = OrderPlaced()
+    event = TicketBooked()
     receipt = await bus.publish(event)
     assert seen == ["fast", "slow"]
     assert receipt.events == (event,)
@@ -116,41 +116,41 @@ async def test_handlers_run_at_the_same_time(bus: InMemoryEventBus) -> None:
     both = asyncio.Barrier(2)
     met: list[str] = []
 
-    async def first(event: OrderPlaced) -> None:
+    async def first(event: TicketBooked) -> None:
         await both.wait()
         met.append("first")
 
-    async def second(event: OrderPlaced) -> None:
+    async def second(event: TicketBooked) -> None:
         await both.wait()
         met.append("second")
 
-    bus.subscribe(OrderPlaced, first)
-    bus.subscribe(OrderPlaced, second)
+    bus.subscribe(TicketBooked, first)
+    bus.subscribe(TicketBooked, second)
     async with asyncio.timeout(1):
-        await bus.publish(OrderPlaced())
+        await bus.publish(TicketBooked())
     assert sorted(met) == ["first", "second"]
 
 
 async def test_several_events_in_one_call_reach_their_own_handlers_in_order(bus: InMemoryEventBus) -> None:
     seen: list[tuple[str, int]] = []
 
-    @bus.subscribe(OrderPlaced)
-    async def placed(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def placed(event: TicketBooked) -> None:
         seen.append(("placed", event.number))
 
-    @bus.subscribe(OrderShipped)
-    async def shipped(event: OrderShipped) -> None:
+    @bus.subscribe(TicketPrinted)
+    async def shipped(event: TicketPrinted) -> None:
         seen.append(("shipped", event.number))
         await asyncio.sleep(0)
         seen.append(("arrived", event.number))
 
-    receipt = await bus.publish(OrderPlaced(number=1), OrderShipped(number=2), OrderPlaced(number=3))
+    receipt = await bus.publish(TicketBooked(number=1), TicketPrinted(number=2), TicketBooked(number=3))
     assert seen == [("placed", 1), ("shipped", 2), ("placed", 3), ("arrived", 2)]
-    assert [type(event) for event in receipt.events] == [OrderPlaced, OrderShipped, OrderPlaced]
+    assert [type(event) for event in receipt.events] == [TicketBooked, TicketPrinted, TicketBooked]
 
 
 async def test_an_event_nobody_hears_is_published_all_the_same(bus: InMemoryEventBus) -> None:
-    event = OrderPlaced()
+    event = TicketBooked()
     assert (await bus.publish(event)).events == (event,)
 
 
@@ -161,26 +161,26 @@ async def test_a_subscription_to_every_event_hears_every_event(bus: InMemoryEven
         heard.append(type(event).__name__)
 
     bus.subscribe(DomainEvent, everything)
-    await bus.publish(OrderPlaced())
-    await bus.publish(OrderShipped())
-    assert heard == ["OrderPlaced", "OrderShipped"]
+    await bus.publish(TicketBooked())
+    await bus.publish(TicketPrinted())
+    assert heard == ["TicketBooked", "TicketPrinted"]
 
 
 async def test_who_subscribes_later_hears_later_events(bus: InMemoryEventBus) -> None:
     heard: list[str] = []
 
-    async def early(event: OrderPlaced) -> None:
+    async def early(event: TicketBooked) -> None:
         heard.append("early")
         if len(bus.subscriptions) == 1:
-            bus.subscribe(OrderPlaced, late)
+            bus.subscribe(TicketBooked, late)
 
-    async def late(event: OrderPlaced) -> None:
+    async def late(event: TicketBooked) -> None:
         heard.append("late")
 
-    bus.subscribe(OrderPlaced, early)
-    await bus.publish(OrderPlaced())
+    bus.subscribe(TicketBooked, early)
+    await bus.publish(TicketBooked())
     assert heard == ["early"]
-    await bus.publish(OrderPlaced())
+    await bus.publish(TicketBooked())
     assert heard == ["early", "early", "late"]
 
 
@@ -188,10 +188,10 @@ class OrderHandlers:
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    async def handle_order_placed(self, event: OrderPlaced) -> None:
+    async def handle_order_placed(self, event: TicketBooked) -> None:
         self.heard.append(f"placed {event.number}")
 
-    async def handle_order_shipped(self, event: OrderShipped) -> None:
+    async def handle_order_shipped(self, event: TicketPrinted) -> None:
         self.heard.append(f"shipped {event.number}")
         raise ValueError("no")
 
@@ -201,18 +201,18 @@ async def test_the_methods_of_a_registered_object_are_subscribed_by_annotation(
 ) -> None:
     handlers = OrderHandlers()
     bus.register(handlers)
-    await bus.publish(OrderPlaced(number=1), OrderShipped(number=2), InvoiceSent())
+    await bus.publish(TicketBooked(number=1), TicketPrinted(number=2), InvoiceSent())
     assert handlers.heard == ["placed 1", "shipped 2"]
     assert logger.failures() == [("handle_order_shipped", "ValueError")]
     assert "OrderHandlers.handle_order_placed" in bus.subscriptions
 
 
-@pytest.mark.parametrize("arguments", [(), (OrderPlaced,), ("OrderPlaced",), (OrderPlaced(), object())])
+@pytest.mark.parametrize("arguments", [(), (TicketBooked,), ("TicketBooked",), (TicketBooked(), object())])
 async def test_what_is_no_event_is_refused_before_anything_runs(
     bus: InMemoryEventBus, arguments: tuple[Any, ...]
 ) -> None:
     handler = AsyncMock()
-    bus.subscribe(OrderPlaced, handler, name="handler")
+    bus.subscribe(TicketBooked, handler, name="handler")
     with pytest.raises(PublishError):
         await bus.publish(*arguments)
     handler.assert_not_called()
@@ -220,9 +220,9 @@ async def test_what_is_no_event_is_refused_before_anything_runs(
 
 async def test_a_mock_may_be_a_handler(bus: InMemoryEventBus, logger: RecordingLogger) -> None:
     works, fails = AsyncMock(return_value="ignored"), AsyncMock(side_effect=ValueError("no"))
-    bus.subscribe(OrderPlaced, works, name="works")
-    bus.subscribe(OrderPlaced, fails, name="fails")
-    event = OrderPlaced()
+    bus.subscribe(TicketBooked, works, name="works")
+    bus.subscribe(TicketBooked, fails, name="fails")
+    event = TicketBooked()
     await bus.publish(event)
     works.assert_awaited_once_with(event)
     fails.assert_awaited_once_with(event)
@@ -238,28 +238,28 @@ async def test_a_failing_handler_is_logged_and_reaches_neither_publisher_nor_oth
 ) -> None:
     ran: list[str] = []
 
-    async def before(event: OrderPlaced) -> None:
+    async def before(event: TicketBooked) -> None:
         ran.append("before")
 
-    async def send_invoice(event: OrderPlaced) -> None:
+    async def send_invoice(event: TicketBooked) -> None:
         if waits:
             await asyncio.sleep(0)
         raise ValueError("no printer")
 
-    async def after(event: OrderPlaced) -> None:
+    async def after(event: TicketBooked) -> None:
         await asyncio.sleep(0.001)
         ran.append("after")
 
     for handler in (before, send_invoice, after):
-        bus.subscribe(OrderPlaced, handler)
-    event = OrderPlaced()
+        bus.subscribe(TicketBooked, handler)
+    event = TicketBooked()
     await bus.publish(event)
     assert ran == ["before", "after"]
     ((level, name, details),) = logger.records
     assert (level, name) == ("warning", "event_handler_failed")
     asked_for = ("event_type", "event_id", "handler_name", "error_type", "error_message")
     assert {key: details[key] for key in asked_for} == {
-        "event_type": "OrderPlaced",
+        "event_type": "TicketBooked",
         "event_id": str(event.event_id),
         "handler_name": "send_invoice",
         "error_type": "ValueError",
@@ -272,11 +272,11 @@ async def test_a_failure_in_the_standard_log_carries_its_details_as_attributes(
 ) -> None:
     bus = InMemoryEventBus()
 
-    @bus.subscribe(OrderPlaced)
-    async def send_invoice(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def send_invoice(event: TicketBooked) -> None:
         raise ValueError("no printer")
 
-    event = OrderPlaced()
+    event = TicketBooked()
     with caplog.at_level(logging.WARNING, logger="whereupon"):
         await bus.publish(event)
     (record,) = caplog.records
@@ -288,19 +288,19 @@ async def test_a_failure_in_the_standard_log_carries_its_details_as_attributes(
 
 
 class _CallableHandler:
-    async def __call__(self, event: OrderPlaced) -> None:
+    async def __call__(self, event: TicketBooked) -> None:
         raise ValueError("no")
 
 
 class _Mailer:
-    async def handle(self, event: OrderPlaced) -> None:
+    async def handle(self, event: TicketBooked) -> None:
         raise ValueError("no")
 
-    async def send(self, event: OrderPlaced) -> None:
+    async def send(self, event: TicketBooked) -> None:
         raise ValueError("no")
 
 
-async def _send_by(printer: str, event: OrderPlaced) -> None:
+async def _send_by(printer: str, event: TicketBooked) -> None:
     raise ValueError("no")
 
 
@@ -316,8 +316,8 @@ async def _send_by(printer: str, event: OrderPlaced) -> None:
 async def test_handlers_that_are_no_functions_are_named_sensibly(
     bus: InMemoryEventBus, logger: RecordingLogger, handler: Any, handler_name: str
 ) -> None:
-    bus.subscribe(OrderPlaced, handler)
-    await bus.publish(OrderPlaced())
+    bus.subscribe(TicketBooked, handler)
+    await bus.publish(TicketBooked())
     assert logger.failures() == [(handler_name, "ValueError")]
 
 
@@ -327,18 +327,18 @@ async def test_a_cancelled_error_that_a_handler_raises_is_its_own_failure(
 ) -> None:
     ran: list[str] = []
 
-    async def gives_up(event: OrderPlaced) -> None:
+    async def gives_up(event: TicketBooked) -> None:
         if waits:
             await asyncio.sleep(0)
         raise CancelledError("the client was closed")
 
-    async def other(event: OrderPlaced) -> None:
+    async def other(event: TicketBooked) -> None:
         await asyncio.sleep(0.001)
         ran.append("other")
 
-    bus.subscribe(OrderPlaced, gives_up)
-    bus.subscribe(OrderPlaced, other)
-    await bus.publish(OrderPlaced())
+    bus.subscribe(TicketBooked, gives_up)
+    bus.subscribe(TicketBooked, other)
+    await bus.publish(TicketBooked())
     assert ran == ["other"]
     assert logger.failures() == [("gives_up", "CancelledError")]
     publisher = asyncio.current_task()
@@ -347,12 +347,12 @@ async def test_a_cancelled_error_that_a_handler_raises_is_its_own_failure(
 
 
 async def test_a_handler_past_its_timeout_is_logged_as_such(bus: InMemoryEventBus, logger: RecordingLogger) -> None:
-    async def slow(event: OrderPlaced) -> None:
+    async def slow(event: TicketBooked) -> None:
         await asyncio.sleep(60)
 
-    bus.subscribe(OrderPlaced, slow, timeout=0.01)
+    bus.subscribe(TicketBooked, slow, timeout=0.01)
     async with asyncio.timeout(1):
-        await bus.publish(OrderPlaced())
+        await bus.publish(TicketBooked())
     assert logger.failures() == [("slow", "HandlerTimeout")]
 
 
@@ -374,21 +374,21 @@ async def test_a_failure_that_can_not_be_logged_stops_nobody_and_is_told_to_the_
     bus = InMemoryEventBus(logger=broken)
     ran: list[str] = []
 
-    async def fails(event: OrderPlaced) -> None:
+    async def fails(event: TicketBooked) -> None:
         if waits:
             await asyncio.sleep(0)
         raise error
 
-    async def other(event: OrderPlaced) -> None:
+    async def other(event: TicketBooked) -> None:
         ran.append("other")
 
-    bus.subscribe(OrderPlaced, fails)
-    bus.subscribe(OrderPlaced, other)
+    bus.subscribe(TicketBooked, fails)
+    bus.subscribe(TicketBooked, other)
     async with asyncio.timeout(1):
-        await bus.publish(OrderPlaced())
+        await bus.publish(TicketBooked())
     assert ran == ["other"]
     (record,) = [record for record in caplog.records if record.name == "whereupon"]
-    assert "fails of OrderPlaced" in record.getMessage()
+    assert "fails of TicketBooked" in record.getMessage()
 
 
 # -- cancelling the publisher ------------------------------------------------------------------------------------------
@@ -400,13 +400,13 @@ async def test_a_cancelled_publisher_leaves_the_handlers_running(
 ) -> None:
     done: list[str] = []
 
-    async def slow(event: OrderPlaced) -> None:
+    async def slow(event: TicketBooked) -> None:
         for _ in range(10):
             await asyncio.sleep(0)
         done.append("slow")
 
-    bus.subscribe(OrderPlaced, slow)
-    publisher = asyncio.create_task(bus.publish(OrderPlaced()))
+    bus.subscribe(TicketBooked, slow)
+    publisher = asyncio.create_task(bus.publish(TicketBooked()))
     await asyncio.sleep(0)
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -424,16 +424,16 @@ async def test_a_handler_that_cancels_its_publisher_cancels_the_publisher_alone(
 ) -> None:
     done: list[str] = []
 
-    async def cancels(event: OrderPlaced) -> None:
+    async def cancels(event: TicketBooked) -> None:
         publisher.cancel()
 
-    async def slow(event: OrderPlaced) -> None:
+    async def slow(event: TicketBooked) -> None:
         await asyncio.sleep(0.001)
         done.append("slow")
 
-    bus.subscribe(OrderPlaced, cancels)
-    bus.subscribe(OrderPlaced, slow)
-    publisher = asyncio.create_task(bus.publish(OrderPlaced()))
+    bus.subscribe(TicketBooked, cancels)
+    bus.subscribe(TicketBooked, slow)
+    publisher = asyncio.create_task(bus.publish(TicketBooked()))
     with pytest.raises(CancelledError):
         await publisher
     await bus.drain(timeout=1)
@@ -444,14 +444,14 @@ async def test_a_handler_that_cancels_its_publisher_cancels_the_publisher_alone(
 async def test_a_timeout_around_publish_ends_the_wait_and_not_the_handler(bus: InMemoryEventBus) -> None:
     done: list[str] = []
 
-    async def slow(event: OrderPlaced) -> None:
+    async def slow(event: TicketBooked) -> None:
         await asyncio.sleep(0.03)
         done.append("slow")
 
-    bus.subscribe(OrderPlaced, slow)
+    bus.subscribe(TicketBooked, slow)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.001):
-            await bus.publish(OrderPlaced())
+            await bus.publish(TicketBooked())
     await bus.drain(timeout=1)
     assert done == ["slow"]
 
@@ -464,7 +464,7 @@ async def test_a_hundred_concurrent_publishes_never_see_each_others_metadata(bus
     seen: dict[int, list[tuple[str, str | None]]] = {}
 
     def handler(name: str, before: int, after: int) -> Callable[..., Any]:
-        async def handle(event: OrderPlaced, context: EventContext) -> None:
+        async def handle(event: TicketBooked, context: EventContext) -> None:
             for _ in range(before * (event.number % 3)):
                 await asyncio.sleep(0)
             address = context.ip_address
@@ -473,23 +473,23 @@ async def test_a_hundred_concurrent_publishes_never_see_each_others_metadata(bus
             assert context.ip_address == address
             assert context.event_id == event.event_id
             seen.setdefault(event.number, []).append((name, address))
-            await bus.publish(OrderShipped(number=event.number))
+            await bus.publish(TicketPrinted(number=event.number))
 
         return handle
 
     inherited: dict[int, list[tuple[str | None, UUID | None]]] = {}
 
-    @bus.subscribe(OrderShipped)
-    async def shipped(event: OrderShipped, context: EventContext) -> None:
+    @bus.subscribe(TicketPrinted)
+    async def shipped(event: TicketPrinted, context: EventContext) -> None:
         await asyncio.sleep(0)
         inherited.setdefault(event.number, []).append((context.ip_address, context.causation_id))
 
     for name, before, after in [("at once", 0, 0), ("first", 1, 0), ("later", 0, 1), ("both", 2, 3)]:
-        bus.subscribe(OrderPlaced, handler(name, before, after), name=name)
+        bus.subscribe(TicketBooked, handler(name, before, after), name=name)
     ids: dict[int, UUID] = {}
 
     async def request(number: int) -> None:
-        event = OrderPlaced(number=number)
+        event = TicketBooked(number=number)
         ids[number] = event.event_id
         metadata = {"ip_address": f"10.0.0.{number}"}
         if number % 2:
@@ -510,14 +510,14 @@ async def test_a_hundred_concurrent_publishes_never_see_each_others_metadata(bus
 async def test_an_event_published_in_a_handler_inherits_correlation_and_names_its_cause(bus: InMemoryEventBus) -> None:
     seen: dict[str, EventContext] = {}
 
-    @bus.subscribe(OrderPlaced)
-    async def ship(event: OrderPlaced, context: EventContext) -> None:
+    @bus.subscribe(TicketBooked)
+    async def ship(event: TicketBooked, context: EventContext) -> None:
         seen["placed"] = context
         await asyncio.sleep(0)
-        await bus.publish(OrderShipped())
+        await bus.publish(TicketPrinted())
 
-    @bus.subscribe(OrderShipped)
-    async def invoice(event: OrderShipped, context: EventContext) -> None:
+    @bus.subscribe(TicketPrinted)
+    async def invoice(event: TicketPrinted, context: EventContext) -> None:
         seen["shipped"] = context
         await bus.publish(InvoiceSent(), metadata=Metadata(actor="the printer"))
 
@@ -526,14 +526,14 @@ async def test_an_event_published_in_a_handler_inherits_correlation_and_names_it
         seen["sent"] = context
 
     request = uuid4()
-    await bus.publish(OrderPlaced(), metadata={"correlation_id": request, "actor": "alice", "request": "r1"})
+    await bus.publish(TicketBooked(), metadata={"correlation_id": request, "actor": "alice", "request": "r1"})
     assert {context.correlation_id for context in seen.values()} == {request}
     assert seen["placed"].causation_id is None
     assert seen["shipped"].causation_id == seen["placed"].event_id
     assert seen["sent"].causation_id == seen["shipped"].event_id
     assert [seen[name].actor for name in ("placed", "shipped", "sent")] == ["alice", "alice", "the printer"]
     assert seen["sent"].metadata.extra == {"request": "r1"}
-    after = OrderShipped()
+    after = TicketPrinted()
     await bus.publish(after)  # outside any handler again
     assert seen["shipped"].causation_id is None
     assert seen["shipped"].correlation_id == after.event_id
@@ -546,7 +546,7 @@ async def test_what_a_handler_sets_in_its_context_stays_there(bus: InMemoryEvent
     seen: list[str] = []
 
     def paints(name: str, waits: bool) -> Callable[..., Any]:
-        async def paint(event: OrderPlaced) -> None:
+        async def paint(event: TicketBooked) -> None:
             seen.append(colour.get())
             colour.set(name)
             if waits:
@@ -556,9 +556,9 @@ async def test_what_a_handler_sets_in_its_context_stays_there(bus: InMemoryEvent
         return paint
 
     for name, waits in [("a", False), ("b", True), ("c", False)]:
-        bus.subscribe(OrderPlaced, paints(name, waits), name=name)
+        bus.subscribe(TicketBooked, paints(name, waits), name=name)
     colour.set("publisher")
-    await bus.publish(OrderPlaced())
+    await bus.publish(TicketBooked())
     assert seen == ["publisher"] * 3
     assert colour.get() == "publisher"
 
@@ -568,22 +568,22 @@ async def test_handlers_may_publish_on_the_same_bus_to_any_depth(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    async def counts_down(event: OrderPlaced) -> None:
+    async def counts_down(event: TicketBooked) -> None:
         task = asyncio.current_task()
         seen.append(("at once", event.number))
         if event.number:
-            await bus.publish(OrderPlaced(number=event.number - 1))
+            await bus.publish(TicketBooked(number=event.number - 1))
         assert asyncio.current_task() is task
 
-    async def counts_down_slowly(event: OrderPlaced) -> None:
+    async def counts_down_slowly(event: TicketBooked) -> None:
         task = asyncio.current_task()
         await asyncio.sleep(0)
         assert asyncio.current_task() is task
         seen.append(("slowly", event.number))
 
-    bus.subscribe(OrderPlaced, counts_down)
-    bus.subscribe(OrderPlaced, counts_down_slowly)
-    await bus.publish(OrderPlaced(number=20))
+    bus.subscribe(TicketBooked, counts_down)
+    bus.subscribe(TicketBooked, counts_down_slowly)
+    await bus.publish(TicketBooked(number=20))
     assert sorted(seen) == sorted((how, number) for how in ("at once", "slowly") for number in range(21))
     assert logger.records == []
 
@@ -595,18 +595,18 @@ def test_a_bus_serves_one_event_loop_after_the_other(logger: RecordingLogger) ->
     bus = InMemoryEventBus(logger=logger)
     seen: list[int] = []
 
-    async def at_once(event: OrderPlaced) -> None:
+    async def at_once(event: TicketBooked) -> None:
         seen.append(event.number)
 
-    async def later(event: OrderPlaced) -> None:
+    async def later(event: TicketBooked) -> None:
         await asyncio.sleep(0.001)
         seen.append(event.number)
 
-    bus.subscribe(OrderPlaced, at_once)
-    bus.subscribe(OrderPlaced, later)
+    bus.subscribe(TicketBooked, at_once)
+    bus.subscribe(TicketBooked, later)
 
     async def main(number: int) -> None:
-        await bus.publish(OrderPlaced(number=number))
+        await bus.publish(TicketBooked(number=number))
         await bus.drain(timeout=1)
 
     asyncio.run(main(1))
@@ -618,12 +618,12 @@ def test_a_bus_serves_one_event_loop_after_the_other(logger: RecordingLogger) ->
 def test_what_a_closed_loop_cut_off_is_logged_and_does_not_hold_up_the_next(logger: RecordingLogger) -> None:
     bus = InMemoryEventBus(logger=logger)
 
-    async def waits(event: OrderPlaced) -> None:
+    async def waits(event: TicketBooked) -> None:
         await asyncio.sleep(60)
 
-    bus.subscribe(OrderPlaced, waits)
+    bus.subscribe(TicketBooked, waits)
     loop = asyncio.new_event_loop()
-    publisher = loop.create_task(bus.publish(OrderPlaced()))
+    publisher = loop.create_task(bus.publish(TicketBooked()))
     loop.run_until_complete(asyncio.sleep(0.001))
     publisher.cancel()
     with pytest.raises(CancelledError):
@@ -636,13 +636,13 @@ def test_what_a_closed_loop_cut_off_is_logged_and_does_not_hold_up_the_next(logg
 def test_a_handler_that_asyncio_run_cancels_at_its_end_is_logged(logger: RecordingLogger) -> None:
     bus = InMemoryEventBus(logger=logger)
 
-    async def waits(event: OrderPlaced) -> None:
+    async def waits(event: TicketBooked) -> None:
         await asyncio.sleep(60)
 
-    bus.subscribe(OrderPlaced, waits)
+    bus.subscribe(TicketBooked, waits)
 
     async def main() -> None:
-        publisher = asyncio.create_task(bus.publish(OrderPlaced()))
+        publisher = asyncio.create_task(bus.publish(TicketBooked()))
         await asyncio.sleep(0.001)
         publisher.cancel()
 
@@ -653,14 +653,14 @@ def test_a_handler_that_asyncio_run_cancels_at_its_end_is_logged(logger: Recordi
 def test_a_plain_callback_may_publish_to_handlers_that_never_wait(bus: InMemoryEventBus) -> None:
     seen: list[asyncio.Task[Any] | None] = []
 
-    async def handler(event: OrderPlaced) -> None:
+    async def handler(event: TicketBooked) -> None:
         seen.append(asyncio.current_task())
 
-    bus.subscribe(OrderPlaced, handler)
+    bus.subscribe(TicketBooked, handler)
 
     def callback() -> None:
         with pytest.raises(StopIteration):
-            bus.publish(OrderPlaced()).send(None)
+            bus.publish(TicketBooked()).send(None)
         seen.append(asyncio.current_task())
 
     async def main() -> None:
@@ -685,18 +685,18 @@ async def _published_and_left(bus: InMemoryEventBus, event: DomainEvent) -> None
 async def test_drain_waits_for_handlers_and_for_those_that_they_start(bus: InMemoryEventBus) -> None:
     done: list[str] = []
 
-    async def first(event: OrderPlaced) -> None:
+    async def first(event: TicketBooked) -> None:
         await asyncio.sleep(0.005)
-        await _published_and_left(bus, OrderShipped())
+        await _published_and_left(bus, TicketPrinted())
         done.append("first")
 
-    async def second(event: OrderShipped) -> None:
+    async def second(event: TicketPrinted) -> None:
         await asyncio.sleep(0.01)
         done.append("second")
 
-    bus.subscribe(OrderPlaced, first)
-    bus.subscribe(OrderShipped, second)
-    await _published_and_left(bus, OrderPlaced())
+    bus.subscribe(TicketBooked, first)
+    bus.subscribe(TicketPrinted, second)
+    await _published_and_left(bus, TicketBooked())
     await bus.drain(timeout=1)
     assert done == ["first", "second"]
 
@@ -705,12 +705,12 @@ async def test_drain_gives_up_after_its_timeout_and_leaves_the_handlers_running(
     release = asyncio.Event()
     done: list[str] = []
 
-    async def waits(event: OrderPlaced) -> None:
+    async def waits(event: TicketBooked) -> None:
         await release.wait()
         done.append("waits")
 
-    bus.subscribe(OrderPlaced, waits)
-    await _published_and_left(bus, OrderPlaced())
+    bus.subscribe(TicketBooked, waits)
+    await _published_and_left(bus, TicketBooked())
     with pytest.raises(TimeoutError):
         await bus.drain(timeout=0.01)
     release.set()
@@ -719,30 +719,30 @@ async def test_drain_gives_up_after_its_timeout_and_leaves_the_handlers_running(
 
 
 async def test_a_handler_that_drains_does_not_wait_for_itself(bus: InMemoryEventBus, logger: RecordingLogger) -> None:
-    async def drains(event: OrderPlaced) -> None:
+    async def drains(event: TicketBooked) -> None:
         await asyncio.sleep(0)
         await bus.drain(timeout=1)
 
-    bus.subscribe(OrderPlaced, drains)
-    await bus.publish(OrderPlaced())
+    bus.subscribe(TicketBooked, drains)
+    await bus.publish(TicketBooked())
     assert logger.records == []
 
 
 async def test_leaving_the_bus_waits_for_its_handlers_and_closes_it(bus: InMemoryEventBus) -> None:
     done: list[str] = []
 
-    async def slow(event: OrderPlaced) -> None:
+    async def slow(event: TicketBooked) -> None:
         await asyncio.sleep(0.01)
         done.append("slow")
 
-    bus.subscribe(OrderPlaced, slow)
+    bus.subscribe(TicketBooked, slow)
     async with bus:
-        await _published_and_left(bus, OrderPlaced())
+        await _published_and_left(bus, TicketBooked())
     assert done == ["slow"]
     with pytest.raises(BusStateError, match="closed"):
-        await bus.publish(OrderPlaced())
+        await bus.publish(TicketBooked())
     async with bus:  # and it may be opened again
-        await bus.publish(OrderPlaced())
+        await bus.publish(TicketBooked())
     assert done == ["slow", "slow"]
 
 
@@ -750,15 +750,15 @@ async def test_handlers_that_outlast_the_drain_are_cancelled_and_logged(logger: 
     bus = InMemoryEventBus(logger=logger, drain_timeout=0.02)
     cleaned: list[str] = []
 
-    async def waits(event: OrderPlaced) -> None:
+    async def waits(event: TicketBooked) -> None:
         try:
             await asyncio.sleep(60)
         finally:
             cleaned.append("up")
 
-    bus.subscribe(OrderPlaced, waits)
+    bus.subscribe(TicketBooked, waits)
     async with asyncio.timeout(2), bus:
-        await _published_and_left(bus, OrderPlaced())
+        await _published_and_left(bus, TicketBooked())
     assert cleaned == ["up"]
     ((_, _, details),) = logger.records
     assert details["handler_name"] == "waits"
@@ -770,7 +770,7 @@ async def test_a_handler_that_will_not_be_cancelled_holds_up_closing_for_a_while
     release = asyncio.Event()
     done: list[str] = []
 
-    async def stubborn(event: OrderPlaced) -> None:
+    async def stubborn(event: TicketBooked) -> None:
         while not release.is_set():
             try:
                 await release.wait()
@@ -778,10 +778,10 @@ async def test_a_handler_that_will_not_be_cancelled_holds_up_closing_for_a_while
                 done.append("refused")
         done.append("ended")
 
-    bus.subscribe(OrderPlaced, stubborn)
+    bus.subscribe(TicketBooked, stubborn)
     async with asyncio.timeout(2):
         async with bus:
-            await _published_and_left(bus, OrderPlaced())
+            await _published_and_left(bus, TicketBooked())
     assert done == ["refused"]
     assert logger.failures() == [("stubborn", "HandlerTimeout")]
     release.set()
@@ -798,24 +798,24 @@ async def test_an_error_in_the_block_passes_through_the_closing(bus: InMemoryEve
 
 @pytest.mark.slow
 async def test_memory_stays_flat_over_many_publishes(bus: InMemoryEventBus) -> None:
-    async def at_once(event: OrderPlaced) -> None:
+    async def at_once(event: TicketBooked) -> None:
         pass
 
-    async def with_context(event: OrderShipped, context: EventContext) -> None:
+    async def with_context(event: TicketPrinted, context: EventContext) -> None:
         pass
 
     async def waits(event: InvoiceSent) -> None:
         await asyncio.sleep(0)
 
-    bus.subscribe(OrderPlaced, at_once)
-    bus.subscribe(OrderShipped, with_context)
+    bus.subscribe(TicketBooked, at_once)
+    bus.subscribe(TicketPrinted, with_context)
     bus.subscribe(InvoiceSent, waits)
 
     async def rounds(count: int) -> None:
         for number in range(count):
-            await bus.publish(OrderPlaced(number=number))
+            await bus.publish(TicketBooked(number=number))
             if number % 20 == 0:
-                await bus.publish(OrderShipped(number=number))
+                await bus.publish(TicketPrinted(number=number))
                 await bus.publish(InvoiceSent(number=number))
 
     await rounds(1000)
@@ -844,24 +844,24 @@ class AuditEventHandler:
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    async def handle(self, event: OrderPlaced, session: AsyncSession) -> None:
+    async def handle(self, event: TicketBooked, session: AsyncSession) -> None:
         self.heard.append(type(event).__name__)
 
 
 async def test_a_forgotten_session_raises_before_anything_runs(bus: InMemoryEventBus) -> None:
     ran: list[str] = []
 
-    @bus.subscribe(OrderShipped)
-    async def ship(event: OrderShipped) -> None:
+    @bus.subscribe(TicketPrinted)
+    async def ship(event: TicketPrinted) -> None:
         ran.append("ship")
 
-    @bus.subscribe(OrderPlaced)
-    async def first(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def first(event: TicketBooked) -> None:
         ran.append("first")
 
     audit = AuditEventHandler()
     bus.register(audit)
-    for events in [(OrderPlaced(),), (OrderShipped(), OrderPlaced())]:
+    for events in [(TicketBooked(),), (TicketPrinted(), TicketBooked())]:
         with pytest.raises(SessionRequiredError, match=r"^AuditEventHandler requires a database session") as raised:
             await bus.publish(*events)
         assert isinstance(raised.value, RuntimeError)
@@ -887,14 +887,14 @@ async def _notes(engine: AsyncEngine) -> list[str]:
 async def test_handlers_of_a_session_run_after_its_commit_only(bus: InMemoryEventBus, engine: AsyncEngine) -> None:
     seen: list[tuple[str, list[str], str | None]] = []
 
-    @bus.subscribe(OrderPlaced)
-    async def look(event: OrderPlaced, context: EventContext) -> None:
+    @bus.subscribe(TicketBooked)
+    async def look(event: TicketBooked, context: EventContext) -> None:
         seen.append(("look", await _notes(engine), context.ip_address))
 
     async with AsyncSession(engine) as session:
         async with session.begin():
             await session.execute(text("INSERT INTO note VALUES ('placed')"))
-            receipt = await bus.publish(OrderPlaced(), session=session, metadata={"ip_address": "10.0.0.1"})
+            receipt = await bus.publish(TicketBooked(), session=session, metadata={"ip_address": "10.0.0.1"})
             await asyncio.sleep(0.01)
             assert seen == []
         await receipt.settled(timeout=1)
@@ -903,17 +903,17 @@ async def test_handlers_of_a_session_run_after_its_commit_only(bus: InMemoryEven
 
 async def test_after_a_rollback_nothing_runs(bus: InMemoryEventBus, engine: AsyncEngine) -> None:
     handler = AsyncMock()
-    bus.subscribe(OrderPlaced, handler, name="handler")
+    bus.subscribe(TicketBooked, handler, name="handler")
 
     async def fails() -> None:
         async with AsyncSession(engine) as session, session.begin():
-            await bus.publish(OrderPlaced(), session=session)
+            await bus.publish(TicketBooked(), session=session)
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         await fails()
     async with AsyncSession(engine) as session:
-        await bus.publish(OrderPlaced(), session=session)  # left without a commit
+        await bus.publish(TicketBooked(), session=session)  # left without a commit
     await asyncio.sleep(0.01)
     await bus.drain(timeout=1)
     handler.assert_not_called()
@@ -922,19 +922,19 @@ async def test_after_a_rollback_nothing_runs(bus: InMemoryEventBus, engine: Asyn
 async def test_a_rolled_back_savepoint_takes_its_events_with_it(bus: InMemoryEventBus, engine: AsyncEngine) -> None:
     heard: list[int] = []
 
-    @bus.subscribe(OrderPlaced)
-    async def hear(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def hear(event: TicketBooked) -> None:
         heard.append(event.number)
 
     async with AsyncSession(engine) as session:
         async with session.begin():
-            await bus.publish(OrderPlaced(number=1), session=session)
+            await bus.publish(TicketBooked(number=1), session=session)
             async with session.begin_nested():
-                await bus.publish(OrderPlaced(number=2), session=session)
+                await bus.publish(TicketBooked(number=2), session=session)
             savepoint = await session.begin_nested()
-            await bus.publish(OrderPlaced(number=3), session=session)
+            await bus.publish(TicketBooked(number=3), session=session)
             await savepoint.rollback()
-            await bus.publish(OrderPlaced(number=4), session=session)
+            await bus.publish(TicketBooked(number=4), session=session)
         await bus.drain(timeout=1)
     assert heard == [1, 2, 4]
 
@@ -944,20 +944,20 @@ async def test_a_handler_with_a_session_gets_one_of_its_own_that_is_committed_fo
 ) -> None:
     sessions: list[AsyncSession] = []
 
-    @bus.subscribe(OrderPlaced)
-    async def writes(event: OrderPlaced, session: AsyncSession) -> None:
+    @bus.subscribe(TicketBooked)
+    async def writes(event: TicketBooked, session: AsyncSession) -> None:
         sessions.append(session)
         await session.execute(text("INSERT INTO note VALUES ('by the handler')"))
 
-    @bus.subscribe(OrderPlaced)
-    async def writes_and_fails(event: OrderPlaced, session: AsyncSession) -> None:
+    @bus.subscribe(TicketBooked)
+    async def writes_and_fails(event: TicketBooked, session: AsyncSession) -> None:
         sessions.append(session)
         await session.execute(text("INSERT INTO note VALUES ('rolled back')"))
         raise ValueError("no")
 
     async with AsyncSession(engine) as session:
         async with session.begin():
-            await bus.publish(OrderPlaced(), session=session)
+            await bus.publish(TicketBooked(), session=session)
         await bus.drain(timeout=5)
         sessions.append(session)
     assert len({id(session) for session in sessions}) == 3
@@ -968,17 +968,17 @@ async def test_a_handler_with_a_session_gets_one_of_its_own_that_is_committed_fo
 async def test_a_handler_in_the_transaction_runs_within_publish_and_fails_alone(
     bus: InMemoryEventBus, engine: AsyncEngine, logger: RecordingLogger
 ) -> None:
-    async def writes(event: OrderPlaced, session: AsyncSession) -> None:
+    async def writes(event: TicketBooked, session: AsyncSession) -> None:
         await session.execute(text("INSERT INTO note VALUES ('kept')"))
 
-    async def fails(event: OrderPlaced, session: AsyncSession) -> None:
+    async def fails(event: TicketBooked, session: AsyncSession) -> None:
         await session.execute(text("INSERT INTO note VALUES ('rolled back')"))
         raise ValueError("no")
 
-    bus.subscribe(OrderPlaced, writes, delivery=Delivery.IN_TRANSACTION)
-    bus.subscribe(OrderPlaced, fails, delivery=Delivery.IN_TRANSACTION)
+    bus.subscribe(TicketBooked, writes, delivery=Delivery.IN_TRANSACTION)
+    bus.subscribe(TicketBooked, fails, delivery=Delivery.IN_TRANSACTION)
     async with AsyncSession(engine) as session, session.begin():
-        await bus.publish(OrderPlaced(), session=session)
+        await bus.publish(TicketBooked(), session=session)
         assert logger.failures() == [("fails", "ValueError")]
     assert await _notes(engine) == ["kept"]
 
@@ -986,15 +986,15 @@ async def test_a_handler_in_the_transaction_runs_within_publish_and_fails_alone(
 async def test_a_required_handler_in_the_transaction_fails_the_publisher(
     bus: InMemoryEventBus, engine: AsyncEngine
 ) -> None:
-    async def fails(event: OrderPlaced, session: AsyncSession) -> None:
+    async def fails(event: TicketBooked, session: AsyncSession) -> None:
         raise ValueError("no")
 
-    bus.subscribe(OrderPlaced, fails, delivery=Delivery.IN_TRANSACTION, required=True)
+    bus.subscribe(TicketBooked, fails, delivery=Delivery.IN_TRANSACTION, required=True)
 
     async def publish() -> None:
         async with AsyncSession(engine) as session, session.begin():
             await session.execute(text("INSERT INTO note VALUES ('rolled back')"))
-            await bus.publish(OrderPlaced(), session=session)
+            await bus.publish(TicketBooked(), session=session)
 
     with pytest.raises(ValueError, match="no"):
         await publish()
@@ -1004,14 +1004,14 @@ async def test_a_required_handler_in_the_transaction_fails_the_publisher(
 async def test_a_handler_after_the_commit_is_limited_by_its_timeout(
     bus: InMemoryEventBus, engine: AsyncEngine, logger: RecordingLogger
 ) -> None:
-    async def slow(event: OrderPlaced, session: AsyncSession) -> None:
+    async def slow(event: TicketBooked, session: AsyncSession) -> None:
         await session.execute(text("INSERT INTO note VALUES ('rolled back')"))
         await asyncio.sleep(60)
 
-    bus.subscribe(OrderPlaced, slow, timeout=0.05)
+    bus.subscribe(TicketBooked, slow, timeout=0.05)
     async with AsyncSession(engine) as session:
         async with session.begin():
-            await bus.publish(OrderPlaced(), session=session)
+            await bus.publish(TicketBooked(), session=session)
         await bus.drain(timeout=5)
     assert logger.failures() == [("slow", "HandlerTimeout")]
     assert await _notes(engine) == []
@@ -1020,15 +1020,15 @@ async def test_a_handler_after_the_commit_is_limited_by_its_timeout(
 async def test_a_publisher_cancelled_after_its_commit_loses_nothing(bus: InMemoryEventBus, engine: AsyncEngine) -> None:
     heard: list[int] = []
 
-    @bus.subscribe(OrderPlaced)
-    async def hear(event: OrderPlaced) -> None:
+    @bus.subscribe(TicketBooked)
+    async def hear(event: TicketBooked) -> None:
         await asyncio.sleep(0.001)
         heard.append(event.number)
 
     async def publish() -> None:
         async with AsyncSession(engine) as session:
             async with session.begin():
-                await bus.publish(OrderPlaced(number=7), session=session)
+                await bus.publish(TicketBooked(number=7), session=session)
             publisher.cancel()
             await asyncio.sleep(60)
 
@@ -1043,12 +1043,12 @@ async def test_a_publisher_cancelled_after_its_commit_loses_nothing(bus: InMemor
 def test_what_was_committed_for_a_loop_that_is_closed_is_logged_once(
     bus: InMemoryEventBus, logger: RecordingLogger, closed_before_the_commit: bool
 ) -> None:
-    async def hear(event: OrderPlaced) -> None:
+    async def hear(event: TicketBooked) -> None:
         raise AssertionError("there is no loop to run on")
 
-    bus.subscribe(OrderPlaced, hear)
+    bus.subscribe(TicketBooked, hear)
     loop = asyncio.new_event_loop()
-    staged = [_Staged(OrderPlaced(), Metadata(), copy_context(), tuple(bus.subscriptions), None, loop)]
+    staged = [_Staged(TicketBooked(), Metadata(), copy_context(), tuple(bus.subscriptions), None, loop)]
     if closed_before_the_commit:
         loop.close()
     bus.committed(staged, certain=True)
