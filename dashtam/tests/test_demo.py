@@ -113,7 +113,7 @@ def test_two_demos_at_once_take_different_ports(tmp_path: Path) -> None:
     [
         ("postgresql+asyncpg://nobody@127.0.0.1:1/none", "can't use the database"),
         ("mysql://root@localhost/test", "PostgreSQL or SQLite"),
-        ("not a url", "no database URL"),
+        ("not a url", "neither an AsyncEngine nor a database URL"),
     ],
 )
 def test_a_database_that_will_not_do_is_one_clear_line(url: str, telling: str, tmp_path: Path) -> None:
