@@ -169,8 +169,10 @@ class PostgresStore(Store):
             found = (await connection.execute(text(query), parameters)).all()
         rows = [Row(*row[1:]) for row in found if row.position is not None]
         target = place.target or found[0].now
-        complete = len(rows) < limit
-        after = Place(target) if complete else Place(place.snapshot, target, rows[-1].position)
+        ended = len(rows) < limit
+        after = Place(target) if ended else Place(place.snapshot, target, rows[-1].position)
+        # what was committed since a paged window was opened is not in it: the next read looks for that
+        complete = ended and place.target is None
         return Page([row for row in rows if row.position not in cursor.done], after, complete)
 
     async def pulse(self) -> bool:
