@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import whereupon
+import whereupon.errors as errors_module
 
 pytestmark = pytest.mark.unit
 
@@ -55,7 +56,7 @@ def test_every_error_is_in_the_one_tree_and_has_its_place_in_the_picture() -> No
         name for name in PUBLIC if isinstance(found := getattr(whereupon, name), type) and issubclass(found, Exception)
     }
     assert len(errors) > 15
-    picture = whereupon.errors.__doc__ or ""
+    picture = errors_module.__doc__ or ""
     for name in errors:
         assert issubclass(getattr(whereupon, name), whereupon.WhereuponError)
         assert name in picture
