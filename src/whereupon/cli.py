@@ -8,6 +8,9 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from typing import Annotated, Any, Final
 
 import cyclopts
@@ -16,7 +19,7 @@ from rich.console import Console
 
 from whereupon import schema
 from whereupon.durable import EventBus
-from whereupon.errors import BusStateError, DatabaseUnavailableError, SchemaError, WhereuponError
+from whereupon.errors import DatabaseUnavailableError, WhereuponError
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
@@ -43,6 +46,20 @@ class _Refused(Exception):
     """The command can't be carried out; its text is all that is shown."""
 
 
+class _ImportFailed(Exception):
+    """The user's module raised while it was imported; that is the cause."""
+
+    def shown(self) -> str:
+        """What was raised and from which line of the user's, without the machinery that imports."""
+        error = self.__cause__
+        assert error is not None
+        trace = error.__traceback__
+        machinery = (__name__, "importlib")
+        while trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(machinery):
+            trace = trace.tb_next
+        return "".join(traceback.format_exception(type(error), error, trace))
+
+
 def load_bus(target: str) -> EventBus:
     """The bus that `module:name` names. Raises `_Refused` with what to mend."""
     module_name, _, name = target.partition(":")
@@ -53,15 +70,20 @@ def load_bus(target: str) -> EventBus:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _ImportFailed(module_name) from error  # something that the module itself imports
         raise _Refused(
-            f"there is no module {error.name!r}, needed for {target}. Run this where `python -c 'import {module_name}'` works"
+            f"there is no module {error.name!r}, needed for {target}. "
+            f"Run this where `python -c 'import {module_name}'` works"
         ) from error
+    except Exception as error:
+        raise _ImportFailed(module_name) from error
     try:
         for part in name.split("."):
             found = getattr(found, part)
     except AttributeError:
         raise _Refused(f"{module_name} has no {name!r}: say under which name it keeps its EventBus") from None
-    if callable(found) and not isinstance(found, EventBus):
+    if callable(found) and not isinstance(found, (EventBus, type)):
         found = found()
     if not isinstance(found, EventBus):
         raise _Refused(f"{target} is a {type(found).__name__}, not an EventBus")
@@ -77,8 +99,8 @@ def worker(
 ) -> int:
     """Deliver a bus's events in this process, until SIGINT or SIGTERM.
 
-    On a signal it begins nothing new, lets handlers end for the bus's drain_timeout, and gives its leases back; a second
-    signal ends it at once. A database that is down is waited for.
+    On a signal it begins nothing new, lets handlers end for the bus's drain_timeout, and gives its leases back; a
+    second signal ends it at once. A database that is down is waited for.
     """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
@@ -101,12 +123,27 @@ async def _work(bus: EventBus, target: str) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
-    if not await _started(bus, stop):
-        return
+    try:
+        if await _started(bus, stop):
+            await _deliver(bus, target, stop)
+    finally:
+        await _dispose(bus)
+
+
+async def _dispose(bus: EventBus) -> None:
+    """Close the connections, of an engine of the application's, too: SQLite's threads would keep the process alive."""
+    await bus.engine.dispose()
+    give_up = time.monotonic() + 1
+    # aiosqlite's thread reports its end to the event loop, and complains at length if that is closed by then
+    while time.monotonic() < give_up and any("_connection_worker" in thread.name for thread in threading.enumerate()):
+        await asyncio.sleep(0.005)
+
+
+async def _deliver(bus: EventBus, target: str, stop: asyncio.Event) -> None:
     served = [s.name for s in bus.subscriptions]
-    err.print(f"whereupon worker for {target}: {len(served)} subscriptions on {bus.database}. Ctrl-C ends it.")
+    say(f"worker for {target}: {len(served)} subscriptions on {bus.database}. Ctrl-C ends it.")
     await stop.wait()
-    err.print("whereupon worker: stopping; handlers that run are let end.")
+    say("stopping; handlers that run are let end.")
     await bus.close(drain=False)
 
 
@@ -118,7 +155,7 @@ async def _started(bus: EventBus, stop: asyncio.Event) -> bool:
             await bus.start(deliver=True)
             return True
         except DatabaseUnavailableError as error:
-            err.print(f"[yellow]{error}.[/yellow] Trying again in {wait:g} s.", soft_wrap=True)
+            say(f"{error}. Trying again in {wait:g} s.", style="yellow")
         try:
             await asyncio.wait_for(stop.wait(), wait)
             return False
@@ -140,20 +177,25 @@ def _bus_for(target: str | None, url: str | None) -> EventBus:
 
 @db.command
 def upgrade(target: Where = None, /, *, url: Url = None) -> int:
-    """Create whereupon's tables, or bring them up to this version. Safe to repeat, and to run on several hosts at once."""
+    """Create whereupon's tables, or bring them up to this version.
+
+    Safe to repeat, and to run on several hosts at once.
+    """
     bus = _bus_for(target, url)
 
-    async def run() -> None:
-        before = await bus.revision()
-        await bus.create_tables()
-        after = await bus.revision()
-        if before == after:
-            out.print(f"{bus.database} is at revision {after} already.", soft_wrap=True)
-        else:
-            out.print(f"{bus.database} is at revision {after} now (before: {before or 'no tables'}).", soft_wrap=True)
-        await bus.engine.dispose()
+    async def run() -> tuple[int | None, int | None]:
+        try:
+            before = await bus.revision()
+            await bus.create_tables()
+            return before, await bus.revision()
+        finally:
+            await _dispose(bus)
 
-    asyncio.run(run())
+    before, after = asyncio.run(run())
+    if before == after:
+        answer(f"{bus.database} is at revision {after} already.")
+    else:
+        answer(f"{bus.database} is at revision {after} now (before: {before or 'no tables'}).")
     return 0
 
 
@@ -166,23 +208,38 @@ def status(target: Where = None, /, *, url: Url = None) -> int:
         try:
             return await bus.revision()
         finally:
-            await bus.engine.dispose()
+            await _dispose(bus)
 
     revision = asyncio.run(run())
     schema.check_revision(revision, bus.database)
-    out.print(f"{bus.database} is at revision {revision}, as this build needs it.", soft_wrap=True)
+    answer(f"{bus.database} is at revision {revision}, as this build needs it.")
     return 0
+
+
+def say(text: str, style: str = "") -> None:
+    """A line on stderr, as it is: what looks like Rich's markup (`whereupon[sqlite]`) stays."""
+    err.print(f"whereupon: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def answer(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; what it raises of its own is printed as one sentence."""
     try:
-        code = app(result_action="return_value")
+        code = app(result_action="return_value", exit_on_error=False)
+    except cyclopts.CycloptsError:
+        sys.exit(EXIT_USAGE)  # it has said why
     except _Refused as error:
-        err.print(f"[red]whereupon:[/red] {error}", soft_wrap=True, highlight=False)
+        say(str(error), style="red")
         sys.exit(EXIT_USAGE)
-    except (SchemaError, DatabaseUnavailableError, BusStateError, WhereuponError) as error:
-        err.print(f"[red]whereupon:[/red] {error}", soft_wrap=True, highlight=False)
+    except _ImportFailed as error:
+        err.print(error.shown(), end="", markup=False, highlight=False, soft_wrap=True)
+        say(f"{error} could not be imported, for the reason above", style="red")
+        sys.exit(EXIT_ERROR)
+    except WhereuponError as error:
+        say(str(error), style="red")
         sys.exit(EXIT_ERROR)
     sys.exit(code if isinstance(code, int) else 0)
 
