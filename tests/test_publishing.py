@@ -330,6 +330,27 @@ async def test_a_connection_killed_around_the_commit_leaves_no_event(postgres_ur
         assert texts == []
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("savepoints", [0, 2])
+async def test_a_session_goes_on_after_its_connection_was_killed_and_it_was_rolled_back(
+    postgres_url: str, driver: str, savepoints: int
+) -> None:
+    async with notebook(postgres_url.replace("asyncpg", driver)) as notes:
+        async with notes.sessions() as session:
+            await notes.write(session, "dropped")
+            for _ in range(savepoints):
+                await session.begin_nested()
+            await notes.bus.publish(NoteWritten(text="dropped, too"), session=session)
+            await kill(notes, await session.scalar(text("SELECT pg_backend_pid()")))
+            with pytest.raises(DBAPIError):
+                await session.execute(text("SELECT 1"))
+            for _ in range(savepoints + 1):
+                await session.rollback()
+            await notes.write(session, "kept")
+            await session.commit()
+        assert await committed(notes) == ["kept"]
+
+
 async def slow_commits(notes: Notebook) -> None:
     """Have the COMMIT of a transaction that writes the note "slow" take half a second; PostgreSQL."""
     async with notes.bus.engine.begin() as connection:
@@ -503,6 +524,20 @@ async def test_a_sync_session_stages_its_events(heard: tuple[Notebook, list[str]
     await until(lambda: texts)
     assert await committed(notes) == ["kept"]
     assert texts == ["kept"]
+
+
+async def test_a_sync_session_stages_on_the_thread_of_the_loop_as_well(
+    heard: tuple[Notebook, list[str]], sync_engine: Engine
+) -> None:
+    notes, texts = heard
+    with Session(sync_engine) as session:
+        for word in ("one", "two"):
+            session.add(Note(text=word))
+            notes.bus.stage(NoteWritten(text=word), session=session)
+            session.commit()
+    await notes.bus.drain(5)
+    assert await committed(notes) == ["one", "two"]
+    assert texts == ["one", "two"]
 
 
 async def test_a_savepoint_before_the_first_write_is_not_the_outermost_transaction(

@@ -273,7 +273,7 @@ def _rollback(connection: Connection) -> None:
 
 def _begin(connection: Connection) -> None:
     _conclude(connection.info)
-    if connection.dialect.name == "sqlite":
+    if connection.dialect.name == "sqlite" and connection.dialect.is_async:  # a bus's own engine is async
         _note_writer(connection)
 
 
