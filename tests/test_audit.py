@@ -220,3 +220,4 @@ async def test_events_of_a_publisher_that_knows_no_audit_are_audited_from_the_lo
         await notes.bus.drain(10)
         async with notes.sessions() as session:
             assert sorted(await session.scalars(select(audit_log.c.resource_id))) == ["7", "8"]
+        assert notes.logger.of("event_handler_failed") == []

@@ -124,6 +124,19 @@ async def test_processes_that_upgrade_at_once_take_turns(database_url: str) -> N
     assert await tables(database_url) == TABLES | {"whereupon_version"}
 
 
+async def test_on_sqlite_an_upgrade_waits_for_the_one_before_it(sqlite_url: str) -> None:
+    first = create_engine(make_url(sqlite_url).set(drivername="sqlite"))
+    with first.connect() as connection:
+        schema.upgrade_on(connection)
+        second = asyncio.create_task(upgraded(sqlite_url))
+        await asyncio.sleep(0.3)
+        assert not second.done()
+        connection.commit()
+    first.dispose()
+    await second
+    await started(sqlite_url)
+
+
 async def test_buses_that_start_at_once_create_the_tables_once(database_url: str) -> None:
     buses = [EventBus(database_url, create_tables=True, deliver=False) for _ in range(5)]
     await asyncio.gather(*(bus.start() for bus in buses))
