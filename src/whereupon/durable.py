@@ -13,7 +13,7 @@ import traceback
 import weakref
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -569,17 +569,24 @@ class EventBus(Subscribing):
                 if not self._due and not self._after_commit_tasks():
                     return
 
-    async def _after_commit_handlers(self) -> None:
+    async def _after_commit_handlers(self, event_ids: Set[UUID] | None = None) -> None:
+        """Wait for AFTER_COMMIT handlers of these events (None: all) that are due or run."""
         while True:
-            if self._due:
+            due = {item.event.event_id for _, after in self._due for item, _ in after}
+            if self._due if event_ids is None else due & event_ids:
                 await asyncio.sleep(0)
-            elif tasks := self._after_commit_tasks():
+            elif tasks := self._after_commit_tasks(event_ids):
                 await asyncio.wait(tasks)
             else:
                 return
 
-    def _after_commit_tasks(self) -> set[asyncio.Task[None]]:
-        return {seat.task for seat in self._runner.running if seat.task is not asyncio.current_task()}
+    def _after_commit_tasks(self, event_ids: Set[UUID] | None = None) -> set[asyncio.Task[None]]:
+        current = asyncio.current_task()
+        return {
+            seat.task
+            for seat in self._runner.running
+            if seat.task is not current and (event_ids is None or seat.argument.event_id in event_ids)
+        }
 
     # --- its database -----------------------------------------------------------------------------------------------
 
@@ -618,7 +625,7 @@ class EventBus(Subscribing):
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                await self._after_commit_handlers()
+                await self._after_commit_handlers({event.event_id for event in events})
                 while True:
                     found = await self.deliveries(*expected)
                     open_ = [f"{s.subscription} ({s.state})" for s in found if s.state in OPEN]
@@ -697,7 +704,7 @@ def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
     if sqlite and url.database in (None, "", ":memory:"):
         url = url.set(database=_private_file())
     try:
-        engine = create_async_engine(url)
+        engine = create_async_engine(url, hide_parameters=True)  # what people typed stays out of error messages
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         _, extra = _DRIVERS[url.get_backend_name()]
         raise UnsupportedDatabaseError(
