@@ -87,9 +87,7 @@ async def test_a_server_ends_with_the_process_that_started_it_even_when_that_is_
         ("postgres", "ended right after its start; it said: no room on this disk"),
     ],
 )
-def test_binaries_that_fail_are_reported_with_what_they_said(
-    tmp_path: Path, fails: str, complaint: str
-) -> None:
+def test_binaries_that_fail_are_reported_with_what_they_said(tmp_path: Path, fails: str, complaint: str) -> None:
     for name in ("initdb", "postgres"):
         script = "echo 'no room on this disk' >&2; exit 1" if name == fails else "exit 0"
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -159,7 +157,5 @@ def test_the_sqlite_url_needs_nothing_else_to_connect(sqlite_url: str) -> None:
     assert not Path(file).exists()
 
 
-async def test_a_test_on_every_database_runs_on_each(
-    database_url: str, request: pytest.FixtureRequest
-) -> None:
+async def test_a_test_on_every_database_runs_on_each(database_url: str, request: pytest.FixtureRequest) -> None:
     assert make_url(database_url).get_backend_name() == request.node.callspec.id

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import httpx
 from aiosmtpd.smtp import SMTP, Envelope, Session
+
 from dashtam.bootstrap import Application, Settings, api_of, build
 from dashtam.infrastructure import schema
 from dashtam.infrastructure.logs import make_logger
-
 from whereupon import EventBus
 
 T = TypeVar("T")

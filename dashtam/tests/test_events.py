@@ -4,10 +4,10 @@ from decimal import Decimal
 from uuid import UUID, uuid4
 
 import pytest
+
 from dashtam.domain import events
 from dashtam.domain.audit import AuditAction
 from dashtam.domain.events import AccountCreated, ProviderConnectionSucceeded, UserPasswordChangeSucceeded
-
 from whereupon import DomainEvent, Outcome
 
 # workflow: attempted, succeeded, the success's audit action, its resource

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dashtam.domain.events
 import pytest
 from guide import Becomes, block
 from guide.alone import ALONE
 
+import dashtam.domain.events
 from whereupon import DomainEvent, EventDefinitionError
 
 pytestmark = pytest.mark.unit

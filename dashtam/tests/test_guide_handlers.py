@@ -11,17 +11,17 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from guide import block, run
+from guide.aftermath import audit_trail
+from served import MailServer, mail_server
+from sqlalchemy import insert
+
 from dashtam.application.mail import Mail, MailRefused
 from dashtam.bootstrap import forget, get_application
 from dashtam.domain.events import AccountCreated, ProviderConnectionSucceeded, UserRegistrationSucceeded
 from dashtam.infrastructure.database import Database
 from dashtam.infrastructure.logs import make_logger
 from dashtam.infrastructure.mail import SmtpMailer
-from guide import block, run
-from guide.aftermath import audit_trail
-from served import MailServer, mail_server
-from sqlalchemy import insert
-
 from whereupon import (
     AuditEventHandler,
     DomainEvent,

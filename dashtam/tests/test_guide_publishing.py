@@ -8,8 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
-import dashtam.domain.events
 import pytest
+from guide import block, run
+from guide.aftermath import audit_trail, published
+from served import Served, eventually, served
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+import dashtam.domain.events
 from dashtam.application.registration import RegisterUser
 from dashtam.domain.audit import AuditAction
 from dashtam.domain.result import Failure, Success
@@ -17,12 +23,6 @@ from dashtam.domain.user import EmailTaken, User, UserNotFound
 from dashtam.infrastructure.database import Database
 from dashtam.infrastructure.tables import UserModel, UserSettingsModel
 from dashtam.infrastructure.users import SqlUserRepository
-from guide import block, run
-from guide.aftermath import audit_trail, published
-from served import Served, eventually, served
-from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from whereupon import InMemoryEventBus, PublishError, SessionRequiredError
 from whereupon.testing import own_transactions
 

@@ -9,14 +9,14 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from dashtam.domain.audit import AuditAction
-from dashtam.domain.events import UserRegistrationSucceeded
-from dashtam.infrastructure.database import Database
-from dashtam.infrastructure.logs import make_logger
 from guide import block
 from guide.aftermath import audit_trail, published
 from served import served
 
+from dashtam.domain.audit import AuditAction
+from dashtam.domain.events import UserRegistrationSucceeded
+from dashtam.infrastructure.database import Database
+from dashtam.infrastructure.logs import make_logger
 from whereupon import AuditEventHandler, EventBus, LoggingEventHandler, SessionRequiredError
 from whereupon.testing import own_transactions
 

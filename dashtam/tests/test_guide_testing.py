@@ -3,12 +3,12 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from dashtam.bootstrap import forget, get_application, get_database, get_event_bus
-from dashtam.infrastructure import schema
-from dashtam.infrastructure.database import Database
 from guide import block
 from served import mail_server
 
+from dashtam.bootstrap import forget, get_application, get_database, get_event_bus
+from dashtam.infrastructure import schema
+from dashtam.infrastructure.database import Database
 from whereupon.testing import own_transactions
 
 test_register_user_publishes_event = block("13-unit-test").test("test_register_user_publishes_event")

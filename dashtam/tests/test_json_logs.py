@@ -3,6 +3,7 @@ import json
 import logging
 
 import pytest
+
 from dashtam.infrastructure.logs import forward_standard_logging, make_logger
 
 

@@ -2,9 +2,10 @@ from email.message import EmailMessage
 
 import aiosmtplib
 import pytest
+from served import MailServer, mail_server
+
 from dashtam.application.mail import Mail, MailRefused
 from dashtam.infrastructure.mail import SmtpMailer
-from served import MailServer, mail_server
 
 pytestmark = pytest.mark.integration
 

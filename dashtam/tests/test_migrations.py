@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from dashtam.infrastructure import schema
-from dashtam.infrastructure.tables import Model
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
+
+from dashtam.infrastructure import schema
+from dashtam.infrastructure.tables import Model
 
 pytestmark = pytest.mark.integration
 

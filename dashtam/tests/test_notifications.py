@@ -5,12 +5,13 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from served import Served, eventually, served
+from sqlalchemy import text
+
 from dashtam.domain.events import AccountCreated
 from dashtam.domain.notification import Notification
 from dashtam.domain.settings import UserSettings
 from dashtam.infrastructure.users import SqlUserSettingsRepository, StoredNotifications
-from served import Served, eventually, served
-from sqlalchemy import text
 
 pytestmark = pytest.mark.integration
 

@@ -5,14 +5,15 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from served import Served, eventually, mail_server, served
+from sqlalchemy import func, select, text
+
 from dashtam.application.registration import RegisterUser
 from dashtam.domain.audit import AuditAction
 from dashtam.domain.events import UserRegistrationSucceeded
 from dashtam.domain.result import Failure, Success
 from dashtam.infrastructure.tables import AuditLogModel, UserModel, UserSettingsModel
 from dashtam.infrastructure.users import SqlUserRepository
-from served import Served, eventually, mail_server, served
-from sqlalchemy import func, select, text
 
 pytestmark = pytest.mark.integration
 

@@ -1,4 +1,5 @@
 import pytest
+
 from dashtam.domain.user import InvalidEmail, User, WeakPassword
 
 

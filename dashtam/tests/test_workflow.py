@@ -4,11 +4,11 @@ import asyncio
 from uuid import UUID, uuid4
 
 import pytest
+
 from dashtam.application.workflow import attempt
 from dashtam.domain.events import UserRegistrationAttempted, UserRegistrationFailed
 from dashtam.domain.result import Failure, Result, Success
 from dashtam.domain.user import EmailTaken
-
 from whereupon import DomainEvent, InMemoryEventBus
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dashtam.application.database import DatabaseProtocol
-from dashtam.infrastructure.tables import AuditLogModel
 from sqlalchemy import Row, select
 
+from dashtam.application.database import DatabaseProtocol
+from dashtam.infrastructure.tables import AuditLogModel
 from whereupon import schema
 
 

@@ -5,6 +5,7 @@ from uuid import UUID
 
 from sqlalchemy import DateTime, Dialect, ForeignKey, Index, MetaData, Text, TypeDecorator, UniqueConstraint, Uuid
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
 from whereupon.audit import audit_log
 
 

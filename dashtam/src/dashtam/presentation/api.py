@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from whereupon.asgi import RequestContextMiddleware
 
 from dashtam.application.logger import LoggerProtocol
 from dashtam.application.registration import RegisterUserHandler
@@ -15,6 +14,7 @@ from dashtam.presentation.body_limit import BodyLimit
 from dashtam.presentation.problems import answer_with_problems, describes, problem
 from dashtam.presentation.users import user_routes
 from whereupon import EventBusProtocol
+from whereupon.asgi import RequestContextMiddleware
 
 LARGEST_BODY = 64 * 1024  # bytes
 
