@@ -13,14 +13,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.test_delivery import Records
+from tests.log_records import Records
 from whereupon import DomainEvent, EventBus, Retry
 from whereupon.errors import DatabaseUnavailableError
 
 pytestmark = pytest.mark.integration
 
 
-class NoteTaken(DomainEvent):
+class MeterReadingNoted(DomainEvent):
     number: int
     text: str = ""
 
@@ -32,7 +32,7 @@ async def bus(database_url: str) -> AsyncIterator[EventBus]:
     await bus.engine.dispose()
 
 
-async def note(bus: EventBus, *events: NoteTaken) -> None:
+async def note(bus: EventBus, *events: MeterReadingNoted) -> None:
     async with AsyncSession(bus.engine) as session, session.begin():
         await bus.publish(*events, session=session)
 
@@ -57,17 +57,17 @@ class Disk:
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_publishing_on_a_full_disk_raises_and_leaves_nothing(bus: EventBus) -> None:
-    async def ignore(event: NoteTaken) -> None: ...
+    async def ignore(event: MeterReadingNoted) -> None: ...
 
-    bus.subscribe(NoteTaken, ignore, name="notes")
-    await note(bus, NoteTaken(number=1))
+    bus.subscribe(MeterReadingNoted, ignore, name="notes")
+    await note(bus, MeterReadingNoted(number=1))
     disk = Disk(bus)
     disk.pages = 1  # SQLite takes what the file has already
     with pytest.raises(OperationalError, match="full"):
-        await note(bus, *(NoteTaken(number=number, text="x" * 4000) for number in range(50)))
+        await note(bus, *(MeterReadingNoted(number=number, text="x" * 4000) for number in range(50)))
     assert await count(bus, "whereupon_log") == 1
     disk.pages = 1_000_000
-    await note(bus, NoteTaken(number=2))
+    await note(bus, MeterReadingNoted(number=2))
     assert await count(bus, "whereupon_log") == 2
 
 
@@ -76,14 +76,14 @@ async def test_a_worker_on_a_full_disk_goes_on_when_there_is_room(bus: EventBus)
     calls = Counter[int]()
     disk = Disk(bus)
 
-    @bus.subscribe(NoteTaken, name="notes", retry=Retry(max_attempts=1))
-    async def handler(event: NoteTaken) -> None:
+    @bus.subscribe(MeterReadingNoted, name="notes", retry=Retry(max_attempts=1))
+    async def handler(event: MeterReadingNoted) -> None:
         disk.pages = 1
         calls[event.number] += 1
         if event.number % 2:
             raise RuntimeError("x" * 4000)  # its dead letter takes a page at least
 
-    events = [NoteTaken(number=number, text="y" * 3000) for number in range(10)]
+    events = [MeterReadingNoted(number=number, text="y" * 3000) for number in range(10)]
     async with bus:
         await note(bus, *events)
         logger: Any = bus._raw_logger
@@ -101,8 +101,8 @@ async def test_a_worker_on_a_full_disk_goes_on_when_there_is_room(bus: EventBus)
 async def test_a_missing_table_is_named_as_such_and_waited_for(bus: EventBus) -> None:
     heard: list[int] = []
 
-    @bus.subscribe(NoteTaken, name="notes")
-    async def handler(event: NoteTaken) -> None:
+    @bus.subscribe(MeterReadingNoted, name="notes")
+    async def handler(event: MeterReadingNoted) -> None:
         heard.append(event.number)
 
     logger: Any = bus._raw_logger
@@ -110,7 +110,7 @@ async def test_a_missing_table_is_named_as_such_and_waited_for(bus: EventBus) ->
         await bus.drain(10)
         async with bus.engine.begin() as connection:
             await connection.execute(text("ALTER TABLE whereupon_history RENAME TO away"))
-        events = [NoteTaken(number=1)]
+        events = [MeterReadingNoted(number=1)]
         await note(bus, *events)
         async with asyncio.timeout(10):
             while not logger.named("worker_database_refused"):  # noqa: ASYNC110
@@ -139,12 +139,12 @@ async def test_many_deliveries_can_be_settled_at_once(bus: EventBus) -> None:
     go_on = asyncio.Event()
     heard = Counter[int]()
 
-    @bus.subscribe(NoteTaken, name="notes", concurrency=100)
-    async def handler(event: NoteTaken) -> None:
+    @bus.subscribe(MeterReadingNoted, name="notes", concurrency=100)
+    async def handler(event: MeterReadingNoted) -> None:
         await go_on.wait()
         heard[event.number] += 1
 
-    events = [NoteTaken(number=number) for number in range(100)]
+    events = [MeterReadingNoted(number=number) for number in range(100)]
     async with bus:
         await note(bus, *events)
         async with asyncio.timeout(10):
@@ -158,15 +158,15 @@ async def test_many_deliveries_can_be_settled_at_once(bus: EventBus) -> None:
 async def test_an_event_of_another_process_is_noticed_within_a_poll(database_url: str, bus: EventBus) -> None:
     heard = asyncio.Event()
 
-    @bus.subscribe(NoteTaken, name="notes")
-    async def handler(event: NoteTaken) -> None:
+    @bus.subscribe(MeterReadingNoted, name="notes")
+    async def handler(event: MeterReadingNoted) -> None:
         heard.set()
 
     other = EventBus(database_url, deliver=False)
     async with bus, other:
         await bus.drain(10)
         await asyncio.sleep(0.2)
-        await note(other, NoteTaken(number=1))
+        await note(other, MeterReadingNoted(number=1))
         await asyncio.wait_for(heard.wait(), 2)
 
 

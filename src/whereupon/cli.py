@@ -135,7 +135,7 @@ async def _dispose(bus: EventBus) -> None:
     await bus.engine.dispose()
     give_up = time.monotonic() + 1
     # aiosqlite's thread reports its end to the event loop, and complains at length if that is closed by then
-    while time.monotonic() < give_up and any("_connection_worker" in thread.name for thread in threading.enumerate()):
+    while time.monotonic() < give_up and any("_connection_worker" in thread.name for thread in threading.enumerate()):  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
 

@@ -232,9 +232,9 @@ class Store(abc.ABC):
             "state": failure.state,
             "attempts": failure.attempts,
             "next_at": None if failure.next_in is None else self.later(failure.next_in),
-            "error_type": _storable(failure.error_type),
-            "error_message": _storable(failure.error_message),
-            "traceback": _storable(failure.traceback),
+            "error_type": without_nul(failure.error_type),
+            "error_message": without_nul(failure.error_message),
+            "traceback": without_nul(failure.traceback),
             "updated_at": self.later(0),
         }
 
@@ -429,11 +429,6 @@ class Store(abc.ABC):
                 )
             )
         return states
-
-
-def _storable(value: str | None) -> str | None:
-    """Text as every database can keep it: without NUL characters and lone surrogates."""
-    return None if value is None else str(without_nul(value)).encode("utf-8", "backslashreplace").decode()
 
 
 def lost(cursor: Cursor) -> LeaseLost:
