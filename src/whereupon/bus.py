@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from whereupon.context import Metadata
+from whereupon.context import EventContext, Metadata
 from whereupon.errors import EventDefinitionError, PublishError
 from whereupon.event import DomainEvent, EventType, event_class
 from whereupon.logs import Logger, logger_of
@@ -24,6 +25,8 @@ from whereupon.subscription import (
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from whereupon._dispatch import Seat
 
 E = TypeVar("E", bound=DomainEvent)
 Heard = TypeVar("Heard", bound=DomainEvent)
@@ -215,15 +218,36 @@ class Subscribing:
             if cls.__event__.abstract:
                 raise PublishError(f"{cls.__name__} is abstract: publish an event of a class made from it")
 
-    def _report(self, subscription: Subscription, event: DomainEvent, error: BaseException, **more: Any) -> None:
-        self.logger.warning(
-            "event_handler_failed",
-            event_type=type(event).__name__,
-            event_id=str(event.event_id),
-            handler_name=subscription.handler_name,
-            error_type=type(error).__name__,
-            error_message=str(error),
+    def _context(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> EventContext:
+        return EventContext(
+            event_id=event.event_id,
+            event_type=type(event).__event__.name,
             subscription=subscription.name,
-            **more,
-            exc_info=None if isinstance(error, CancelledError) else error,
+            metadata=metadata,
+            log=self._raw_logger,
         )
+
+    def _failed(self, subscription: Subscription, event: DomainEvent, error: BaseException) -> None:
+        try:
+            self.logger.warning(
+                "event_handler_failed",
+                event_type=type(event).__name__,
+                event_id=str(event.event_id),
+                handler_name=subscription.handler_name,
+                error_type=type(error).__name__,
+                error_message=str(error),
+                subscription=subscription.name,
+                exc_info=None if isinstance(error, CancelledError) else error,
+            )
+        except Exception:
+            # a logger that raises, or an error that can't be shown, must not reach the publisher or another handler
+            logging.getLogger("whereupon").exception(
+                "event_handler_failed, and could not be logged: %s of %s",
+                subscription.handler_name,
+                type(event).__name__,
+            )
+
+    def _ended(self, seat: Seat, error: BaseException | None) -> None:
+        """A handler that had to wait is over."""
+        if error is not None:
+            self._failed(seat.label, seat.argument, error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
 import os
 import re
 import tempfile
@@ -30,12 +29,12 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
 from whereupon import _staging, schema
-from whereupon._dispatch import Call, Runner, Seat
+from whereupon._dispatch import Call, Runner
 from whereupon._postgres import PostgresStore
 from whereupon._sqlite import SQLiteStore, configure
 from whereupon.bus import Subscribing
 from whereupon.codec import Codec, JsonCodec
-from whereupon.context import EventContext, Metadata, encode_metadata, handling, metadata_for
+from whereupon.context import Metadata, encode_metadata, handling, metadata_for
 from whereupon.errors import (
     BusStateError,
     Discard,
@@ -364,15 +363,6 @@ class EventBus(Subscribing):
 
     _database_id = ""
 
-    def _context(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> EventContext:
-        return EventContext(
-            event_id=event.event_id,
-            event_type=type(event).__event__.name,
-            subscription=subscription.name,
-            metadata=metadata,
-            log=self._raw_logger,
-        )
-
     def write_staged(self, connection: Connection, staged: list[_Staged]) -> None:
         """Write what was staged into the log, with the records that go with it; called just before COMMIT."""
         records = [
@@ -441,28 +431,13 @@ class EventBus(Subscribing):
         if self._worker is not None:
             self._worker.wake(types)
         for item, calls in after:
-            self._runner.start(calls, item.event, item.context, self._failed, self._after_commit_ended)
+            self._runner.start(calls, item.event, item.context, self._failed, self._ended)
 
     def _lose_due(self, reason: Exception) -> None:
         while self._due:
             for item, calls in self._due.popleft()[1]:
                 for _, _, subscription in calls:
                     self._failed(subscription, item.event, BusStateError(f"{reason} before it could run"))
-
-    def _after_commit_ended(self, seat: Seat, error: BaseException | None) -> None:
-        if error is not None:
-            self._failed(seat.label, seat.argument, error)
-
-    def _failed(self, subscription: Subscription, event: DomainEvent, error: BaseException) -> None:
-        try:
-            self._report(subscription, event, error)
-        except Exception:
-            # a logger that raises, or an error that can't be shown, must not reach the publisher or another handler
-            logging.getLogger("whereupon").exception(
-                "event_handler_failed, and could not be logged: %s of %s",
-                subscription.handler_name,
-                type(event).__name__,
-            )
 
     async def _call_after_commit(self, subscription: Subscription, metadata: Metadata, event: DomainEvent) -> None:
         context = self._context(subscription, event, metadata)
