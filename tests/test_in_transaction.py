@@ -569,3 +569,32 @@ async def test_the_bus_in_memory_runs_handlers_in_the_transaction_as_well(
     async with sessions() as session:
         assert sorted(await session.scalars(select(Note.text))) == ["commit", "index of commit"]
     assert [record["handler_name"] for record in logger.of("event_handler_failed")] == ["fail", "fail"]
+
+
+async def test_the_bus_in_memory_undoes_a_publish_that_a_required_handler_refuses(
+    sessions: async_sessionmaker[AsyncSession],
+) -> None:
+    after: list[str] = []
+    async with InMemoryEventBus() as bus:
+
+        @bus.subscribe(NoteWritten, **INSIDE)
+        async def index(event: NoteWritten, session: AsyncSession) -> None:
+            session.add(Note(text=f"index of {event.text}"))
+
+        @bus.subscribe(NoteWritten, **INSIDE, required=True)
+        async def refuse_b(event: NoteWritten, session: AsyncSession) -> None:
+            if event.text == "b":
+                raise Broken
+
+        @bus.subscribe(NoteWritten)
+        async def hear(event: NoteWritten) -> None:
+            after.append(event.text)
+
+        async with sessions.begin() as session:
+            session.add(Note(text="the change"))
+            with pytest.raises(Broken):
+                await bus.publish(NoteWritten(text="a"), NoteWritten(text="b"), session=session)
+        await bus.drain(5)
+    assert after == []
+    async with sessions() as session:
+        assert list(await session.scalars(select(Note.text))) == ["the change"]

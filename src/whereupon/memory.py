@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from asyncio import AbstractEventLoop, Future
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from whereupon._dispatch import Call, Runner, Seat
 from whereupon.bus import Subscribing
-from whereupon.context import EventContext, Metadata, handling, metadata_for
+from whereupon.context import Metadata, handling, metadata_for
 from whereupon.errors import BusStateError, SessionRequiredError
 from whereupon.event import DomainEvent
 from whereupon.subscription import Delivery, Subscription
@@ -138,30 +138,6 @@ class InMemoryEventBus(Subscribing):
             handler = partial(handler, **{subscription.context_parameter: self._context(subscription, event, metadata)})
         return handler, subscription.timeout, subscription
 
-    def _context(self, subscription: Subscription, event: DomainEvent, metadata: Metadata) -> EventContext:
-        return EventContext(
-            event_id=event.event_id,
-            event_type=type(event).__event__.name,
-            subscription=subscription.name,
-            metadata=metadata,
-            log=self._raw_logger,
-        )
-
-    def _failed(self, subscription: Subscription, event: DomainEvent, error: BaseException) -> None:
-        try:
-            self._report(subscription, event, error)
-        except Exception:
-            # a logger that raises, or an error that can't be shown, must not reach the publisher or another handler
-            logging.getLogger("whereupon").exception(
-                "event_handler_failed, and could not be logged: %s of %s",
-                subscription.handler_name,
-                type(event).__name__,
-            )
-
-    def _ended(self, seat: Seat, error: BaseException | None) -> None:
-        if error is not None:
-            self._failed(seat.label, seat.argument, error)
-
     async def _stage(self, events: tuple[DomainEvent, ...], session: Any, metadata: Metadata) -> _Receipt:
         from whereupon import _staging
 
@@ -169,22 +145,25 @@ class InMemoryEventBus(Subscribing):
         heard = [(event, self._subscriptions_of(event)) for event in events]
         owner = _staging.async_session(session)
         connection = await owner.run_sync(_staging.connection_of)
-        for event, subscriptions in heard:
-            inside = [s for s in subscriptions if s.delivery is Delivery.IN_TRANSACTION]
-            if inside:
-                await owner.flush()
-            for subscription in inside:
-                call = partial(subscription.call, event, self._context(subscription, event, metadata), owner)
-                error = await _staging.run_inside(owner, subscription, call, (event.event_id, metadata))
-                if error is not None:
-                    if subscription.required:
+        inside = [[s for s in subscriptions if s.delivery is Delivery.IN_TRANSACTION] for _, subscriptions in heard]
+        if any(inside):
+            await owner.flush()  # an error of the publisher's own must not pass for a handler's
+        # what a required handler refuses is undone as a whole, whether or not the publisher commits after that
+        required = any(s.required for subscriptions in inside for s in subscriptions)
+        async with owner.begin_nested() if required else nullcontext():
+            for (event, subscriptions), now in zip(heard, inside, strict=True):
+                for subscription in now:
+                    call = partial(subscription.call, event, self._context(subscription, event, metadata), owner)
+                    error = await _staging.run_inside(owner, subscription, call, (event.event_id, metadata))
+                    if error is not None and subscription.required:
                         raise error
-                    self._failed(subscription, event, error)
-            later = tuple(s for s in subscriptions if s.delivery is not Delivery.IN_TRANSACTION)
-            base = copy_context()
-            base.run(handling.set, (event.event_id, metadata))
-            staged = _Staged(event, metadata, base, later, connection.engine, asyncio.get_running_loop())
-            await owner.run_sync(_staging.stage, connection, self, [staged])
+                    if error is not None:
+                        self._failed(subscription, event, error)
+                later = tuple(s for s in subscriptions if s not in now)
+                base = copy_context()
+                base.run(handling.set, (event.event_id, metadata))
+                staged = _Staged(event, metadata, base, later, connection.engine, asyncio.get_running_loop())
+                await owner.run_sync(_staging.stage, connection, self, [staged])
         return _Receipt(self, events)
 
     def write_staged(self, connection: Any, staged: list[_Staged]) -> None:
