@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from types import ModuleType
 from typing import Any, Final, Protocol, cast
 
@@ -66,6 +67,22 @@ def logger_of(logger: Any) -> Logger:
             "info, warning and error that take a name and keywords"
         )
     return cast("Logger", logger)
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says; an exception may do anything in its own `__str__`."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"its message can't be shown: str() of it raised {type(broken).__name__}"
+
+
+def trace_of(error: BaseException) -> str:
+    """The end of its traceback."""
+    try:
+        return "".join(traceback.format_exception(error))[-16000:]
+    except Exception as broken:
+        return f"its traceback can't be shown: {type(broken).__name__}"
 
 
 class LoggingEventHandler:
