@@ -72,9 +72,6 @@ class PostgresStore(Store):
             theirs = await connection.scalar(text("SELECT clock_timestamp()"))
             self.clock_offset = theirs - before
 
-    async def lock_tables(self, connection: AsyncConnection) -> None:
-        await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('whereupon db upgrade'))"))
-
     async def register(self, subscriptions: Iterable[Subscription]) -> None:
         names = sorted(subscription.name for subscription in subscriptions)
         with self.reaching():
@@ -229,17 +226,21 @@ class PostgresStore(Store):
         )
         return set(done or ())
 
-    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool]]:
+    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool, bool]]:
         query = text(
             "SELECT l.event_id, l.type, l.position, l.ran, c.subscription, "
             "pg_visible_in_snapshot(l.tx_id, c.snapshot) OR l.position = ANY(c.done) "
-            "OR (c.target IS NOT NULL AND pg_visible_in_snapshot(l.tx_id, c.target) AND l.position <= c.page) AS past "
+            "OR (c.target IS NOT NULL AND pg_visible_in_snapshot(l.tx_id, c.target) AND l.position <= c.page) AS past, "
+            "l.recorded_at < c.created_at AS older "
             "FROM whereupon_log l CROSS JOIN whereupon_cursor c WHERE l.event_id = ANY(:ids) "
             "ORDER BY l.position, c.subscription"
         ).bindparams(bindparam("ids", type_=ARRAY(Uuid())))
         async with self.reading() as connection:
             rows = await connection.execute(query, {"ids": list(event_ids)})
-            return [(row.event_id, row.type, row.position, _ran(row.ran), row.subscription, row.past) for row in rows]
+            return [
+                (row.event_id, row.type, row.position, _ran(row.ran), row.subscription, row.past, row.older)
+                for row in rows
+            ]
 
 
 def _ran(value: Any) -> list[str]:

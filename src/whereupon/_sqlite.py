@@ -56,13 +56,15 @@ class SQLiteStore(Store):
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """Takes the write lock at once: a transaction that reads first may find its snapshot stale when it writes."""
-        engine = self.engine.execution_options(whereupon_begins=True)
-        async with engine.connect() as connection, connection.begin():
+        async with self.locking_engine.connect() as connection, connection.begin():
             await self.take_lock(connection)
             yield connection
 
-    @staticmethod
-    async def take_lock(connection: AsyncConnection) -> None:
+    @property
+    def locking_engine(self) -> AsyncEngine:
+        return self.engine.execution_options(whereupon_begins=True)
+
+    async def take_lock(self, connection: AsyncConnection) -> None:
         raw = await connection.get_raw_connection()
         driver = raw.driver_connection
         if driver is None or not driver.in_transaction:
@@ -239,10 +241,11 @@ class SQLiteStore(Store):
         )
         return set(json.loads(done or "[]"))
 
-    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool]]:
+    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool, bool]]:
         query = text(
             "SELECT l.event_id, l.type, l.position, l.ran, c.subscription, "
-            "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past "
+            "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past, "
+            "l.recorded_at < c.created_at AS older "
             "FROM whereupon_log l CROSS JOIN whereupon_cursor c WHERE l.event_id IN :ids "
             "ORDER BY l.position, c.subscription"
         ).bindparams(bindparam("ids", expanding=True))
@@ -256,6 +259,7 @@ class SQLiteStore(Store):
                     json.loads(row.ran or "[]"),
                     row.subscription,
                     bool(row.past),
+                    bool(row.older),
                 )
                 for row in rows
             ]

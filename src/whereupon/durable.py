@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import tempfile
-import traceback
 import weakref
 from asyncio import AbstractEventLoop
 from collections import deque
@@ -45,6 +44,7 @@ from whereupon.errors import (
     UnsupportedDatabaseError,
 )
 from whereupon.event import DomainEvent, event_class
+from whereupon.logs import message_of, trace_of
 from whereupon.memory import session_required
 from whereupon.store import DEAD, OPEN, RETRYING, SKIPPED, DeliveryState, Failure, Record, Row, Store
 from whereupon.subscription import Delivery, Subscription
@@ -133,12 +133,18 @@ class EventBus(Subscribing):
         self._store: Store = SQLiteStore(self.engine) if sqlite else PostgresStore(self.engine)
         self._codec: Codec = codec if codec is not None else JsonCodec()
         self._deliver = deliver
-        for name, value in (("in_flight", in_flight), ("lease", lease), ("drain_timeout", drain_timeout)):
-            if value < (1 if name != "drain_timeout" else 0):
-                raise ValueError(f"EventBus({name}={value}): it is at least 1")
+        poll = poll_interval if poll_interval is not None else 0.1 if sqlite else 0.5
+        for name, value, least in (
+            ("in_flight", in_flight, 1),
+            ("lease", lease, 1),
+            ("drain_timeout", drain_timeout, 0),
+            ("poll_interval", poll, 0.001),
+        ):
+            if not least <= value < float("inf"):
+                raise ValueError(f"EventBus({name}={value}): it is at least {least}")
         self._in_flight = in_flight
         self._lease = lease
-        self._poll_interval = poll_interval if poll_interval is not None else 0.1 if sqlite else 0.5
+        self._poll_interval = poll
         self._drain_timeout = drain_timeout
         self._create_tables = sqlite if create_tables is None else create_tables
         self._registered: set[str] = set()
@@ -404,12 +410,19 @@ class EventBus(Subscribing):
         state = RETRYING
         if isinstance(error, Discard) or subscription.retry.max_attempts == 1:
             state, wait = SKIPPED if isinstance(error, Discard) else DEAD, None
-        text = "".join(traceback.format_exception(error))
-        return Failure(row, state, 1, wait, type(error).__name__, str(error)[:4000], text[-16000:])
+        return Failure(row, state, 1, wait, type(error).__name__, message_of(error)[:4000], trace_of(error))
 
     def committed(self, staged: list[_Staged], *, certain: bool) -> None:
         """The transaction is over: wake the worker, and run what was to run right after the commit."""
         types = {type(item.event).__event__.name for item in staged}
+        for item in staged if not certain else ():
+            if self._after_commit(item):
+                self.logger.warning(
+                    "event_outcome_unknown",
+                    event_type=type(item.event).__name__,
+                    event_id=str(item.event.event_id),
+                    error_message="the commit was interrupted, so AFTER_COMMIT handlers do not run",
+                )
         after = [(item, calls) for item in staged if certain and (calls := self._after_commit(item))]
         self._due.append((types, after))
         try:
@@ -427,6 +440,8 @@ class EventBus(Subscribing):
         ]
 
     def _run_due(self) -> None:
+        if not self._due:  # the bus was closed meanwhile
+            return
         types, after = self._due.popleft()
         if self._worker is not None:
             self._worker.wake(types)
@@ -518,6 +533,10 @@ class EventBus(Subscribing):
     async def _let_go(self) -> None:
         """Give connections back; those that are left to an event loop that ends could not be closed any more."""
         self._loop = self._preparing = None
+        # the next start looks again: tests empty databases, operators restore them
+        self._prepared = False
+        self._registered.clear()
+        self._known_engines.clear()
         await self._store.close()
         if self._owns_engine:
             await self.engine.dispose()
@@ -601,8 +620,10 @@ class EventBus(Subscribing):
         try:
             async with limit:
                 await self._after_commit_handlers({event.event_id for event in events})
+                self._check_loop()
+                await self._ready()
                 while True:
-                    found = await self.deliveries(*expected)
+                    found = await self._store.deliveries(list(expected), self._heard(), calls_too=False)
                     open_ = [f"{s.subscription} ({s.state})" for s in found if s.state in OPEN]
                     if not open_ and expected == {state.event_id for state in found}:
                         return
@@ -655,6 +676,11 @@ class _Heard(Mapping[str, Sequence[str]]):
         return len(self._bus._classes)
 
 
+def _extra(url: URL) -> str:
+    """What to install for a URL's driver."""
+    return "whereupon[psycopg]" if url.drivername == "postgresql+psycopg" else _DRIVERS[url.get_backend_name()][1]
+
+
 def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
     """The engine to use, and whether it is the bus's own."""
     if isinstance(database, AsyncEngine):
@@ -679,11 +705,11 @@ def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
     if sqlite and url.database in (None, "", ":memory:"):
         url = url.set(database=_private_file())
     try:
-        engine = create_async_engine(url, hide_parameters=True)  # what people typed stays out of error messages
+        # what people typed stays out of error messages
+        engine = create_async_engine(url, hide_parameters=True, pool_size=12, max_overflow=12)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
-        _, extra = _DRIVERS[url.get_backend_name()]
         raise UnsupportedDatabaseError(
-            f"the driver of {url.drivername} is not installed: pip install '{extra}'"
+            f"the driver of {url.drivername} is not installed: pip install '{_extra(url)}'"
         ) from error
     if sqlite:
         configure(engine)
@@ -701,7 +727,7 @@ def _check_driver(url: URL) -> None:
         is_async = url.get_dialect().is_async
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise UnsupportedDatabaseError(
-            f"{url.drivername} is no driver that is installed: pip install '{_DRIVERS[backend][1]}'"
+            f"{url.drivername} is no driver that is installed: pip install '{_extra(url)}'"
         ) from error
     if not is_async and not (backend == "postgresql" and url.get_driver_name() == "psycopg"):
         example, _ = _DRIVERS[backend]

@@ -12,7 +12,9 @@ leave the same tables and the same number in `whereupon_meta`.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.resources
+import weakref
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -168,13 +170,21 @@ def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
     return not (type_ == "table" and name is not None and name.startswith("whereupon_"))
 
 
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+
+
+def taking_turns() -> asyncio.Lock:
+    """To be held while migrations run: Alembic keeps the one that runs in a global of the process."""
+    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+
+
 async def upgrade(engine: AsyncEngine) -> None:
     """Create the tables, or bring them up to this build; nothing happens if they are. Raises `SchemaError`.
 
     Processes that do so at once take turns.
     """
     # for SQLite: our own engines do not begin then, and what begins without the write lock can't get it after a read
-    async with engine.execution_options(whereupon_immediate=True).begin() as connection:
+    async with taking_turns(), engine.execution_options(whereupon_begins=True).begin() as connection:
         await connection.run_sync(upgrade_on)
 
 

@@ -18,11 +18,11 @@ from uuid import UUID
 
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, or_, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
-from whereupon.errors import DatabaseUnavailableError, LeaseLost
+from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost
 from whereupon.schema import exception, history, without_nul
 from whereupon.subscription import Subscription
 
@@ -172,24 +172,39 @@ class Store(abc.ABC):
 
     async def create_tables(self) -> None:
         with self.reaching():
-            async with self.writing() as connection:
-                await self.lock_tables(connection)
+            async with schema.taking_turns(), self.writing() as connection:
                 await connection.run_sync(schema.upgrade_on)
-
-    async def lock_tables(self, connection: AsyncConnection) -> None:  # noqa: B027
-        """Have processes that start at once create tables one after the other."""
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
         """What the database raises in this block becomes a `DatabaseUnavailableError` that says what to look at."""
         try:
             yield
+        except (ProgrammingError, IntegrityError, DataError) as error:
+            raise DatabaseError(
+                f"the database {self.shown_url} refuses: {error.orig}. Check that its user may use whereupon's tables, "
+                "and `whereupon db status`"
+            ) from error
         except self.errors as error:
             raise DatabaseUnavailableError(self._unavailable(error)) from error
 
     def _unavailable(self, error: BaseException) -> str:
         reason = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
         return f"can't use the database {self.shown_url}: {reason}. Check that it runs, and that the URL names it"
+
+    @property
+    def locking_engine(self) -> AsyncEngine:
+        """The engine for a transaction that begins with `take_lock`."""
+        return self.engine
+
+    async def take_lock(self, connection: AsyncConnection) -> None:  # noqa: B027
+        """Where writers take turns: wait for ours before anything is read."""
+
+    @property
+    def connections_for_handlers(self) -> int:
+        """How many of the pool's connections handlers may hold at once; two are left to the worker itself."""
+        size = getattr(self.engine.pool, "size", None)
+        return max(1, size() - 2) if size is not None else 10
 
     async def database_id(self, connection: AsyncConnection | None = None) -> str:
         statement = select(schema.meta.c.value).where(schema.meta.c.key == "database_id")
@@ -281,9 +296,10 @@ class Store(abc.ABC):
                 .where(
                     exception.c.subscription == cursor.subscription,
                     exception.c.lane == cursor.lane,
+                    exception.c.position.not_in(running),
                     or_(
                         exception.c.state.in_([RETRYING, WAITING]) & (exception.c.next_at <= self.now),
-                        (exception.c.state == RUNNING) & exception.c.position.not_in(running),
+                        exception.c.state == RUNNING,
                     ),
                 )
                 .order_by(exception.c.next_at, exception.c.id)
@@ -387,33 +403,50 @@ class Store(abc.ABC):
     # --- what became of events --------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool]]:
-        """For each event and cursor: event id, type, position, what ran inside, subscription, whether it is past it."""
+    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool, bool]]:
+        """For each event and cursor: event id, type, position, what ran inside, subscription, whether it is past it.
 
-    async def deliveries(self, event_ids: Sequence[UUID], heard: Mapping[str, Sequence[str]]) -> list[DeliveryState]:
-        """The state of each delivery of these events to the subscriptions in `heard` under the event's stored type."""
-        facts = await self.passed(event_ids)
+        And whether the event was written before the subscription was registered.
+        """
+
+    async def deliveries(
+        self, event_ids: Sequence[UUID], heard: Mapping[str, Sequence[str]], *, calls_too: bool = True
+    ) -> list[DeliveryState]:
+        """The state of each delivery of these events to the subscriptions in `heard` under the event's stored type.
+
+        A subscription that was registered after the event was never owed it, and is left out. Without `calls_too` the
+        history is left alone: that is not told then, nor when and how long.
+        """
+        facts = [fact for fact in await self.passed(event_ids) if fact[4] in heard.get(fact[1], ())]
         positions = sorted({fact[2] for fact in facts})
         if not positions:
             return []
         async with self.reading() as connection:
             found = await connection.execute(select(exception).where(exception.c.event_id.in_(list(event_ids))))
             exceptions = {(row.subscription, row.position): row for row in found}
-            pages = await connection.execute(
-                select(history.c.subscription, history.c.entries)
-                .where(history.c.first_position <= positions[-1], history.c.last_position >= positions[0])
-                .order_by(history.c.id)
-            )
             calls: dict[tuple[str, int], Entry] = {}
+            pages = (
+                ()
+                if not calls_too
+                else await connection.execute(
+                    select(history.c.subscription, history.c.entries)
+                    .where(
+                        history.c.subscription.in_({fact[4] for fact in facts}),
+                        history.c.first_position <= positions[-1],
+                        history.c.last_position >= positions[0],
+                    )
+                    .order_by(history.c.id)
+                )
+            )
             for subscription, entries in pages:
                 for entry in msgspec.json.decode(entries, type=list[Entry]):
                     calls[subscription, entry.position] = entry
         states = []
-        for event_id, event_type, position, ran, subscription, is_past in facts:
-            if subscription not in heard.get(event_type, ()):
-                continue
+        for event_id, event_type, position, ran, subscription, is_past, is_older in facts:
             row = exceptions.get((subscription, position))
             call = calls.get((subscription, position))
+            if calls_too and is_past and is_older and row is None and call is None and subscription not in ran:
+                continue
             state = row.state if row is not None else "succeeded" if is_past or subscription in ran else "waiting"
             attempts = row.attempts if row is not None else call.attempt if call else int(state == "succeeded")
             states.append(

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import traceback
 from asyncio import CancelledError, Event, Future, Semaphore, Task, TaskGroup
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from contextvars import Context
@@ -36,7 +35,7 @@ from whereupon.errors import (
     UnknownEventError,
 )
 from whereupon.event import DomainEvent
-from whereupon.logs import Logger
+from whereupon.logs import Logger, message_of, trace_of
 from whereupon.store import DEAD, RETRYING, RUNNING, SKIPPED, WAITING, Cursor, Entry, Failure, Page, Row, Store
 from whereupon.subscription import Delivery, Subscription
 
@@ -120,6 +119,8 @@ class Worker:
         self.lease = lease
         self.poll_interval = poll_interval
         self.slots = Semaphore(in_flight)
+        self.connections = Semaphore(store.connections_for_handlers)
+        """Handlers in transactions leave connections of the pool to the leases, and to settling."""
         self.lanes: dict[str, _Lane] = {}
         self.stopping = Event()
         self.settled = Event()
@@ -217,7 +218,7 @@ class Worker:
                 "worker_database_unavailable" if away else "worker_database_refused",
                 database=self.store.shown_url,
                 error_type=type(error).__name__,
-                error_message=_message(getattr(error, "orig", None) or error)
+                error_message=message_of(getattr(error, "orig", None) or error)
                 + ("" if away else ". Nothing is lost; `whereupon db status` says whether the tables are in order"),
                 retry_in_seconds=round(wait, 2),
                 exc_info=None if away else error,
@@ -265,7 +266,7 @@ class Worker:
             self.log("warning", "worker_lease_lost", **details, error_message=what)
         else:
             details["error_type"] = type(error).__name__
-            what = f"{_message(error)} (the lane is given up, and taken again)"
+            what = f"{message_of(error)} (the lane is given up, and taken again)"
             self.log("error", "worker_lane_failed", **details, error_message=what, exc_info=error)
 
 
@@ -586,8 +587,12 @@ class _Lane:
         position = delivery.row.position
         for rerun in range(RERUNS + 1):
             delivery.in_doubt = False
-            async with AsyncSession(self.store.engine, expire_on_commit=False) as session:
+            # what lost a race on SQLite would lose the next one as well, so it takes the write lock first
+            engine = self.store.locking_engine if rerun else self.store.engine
+            async with self.worker.connections, AsyncSession(engine, expire_on_commit=False) as session:
                 try:
+                    if rerun:
+                        await self.store.take_lock(await session.connection())
                     with handed_out(session, self.subscription.name):
                         await self._call(event, context, session)
                     await session.flush()
@@ -612,7 +617,7 @@ class _Lane:
             "event_id": str(event.event_id),
             "handler_name": self.subscription.handler_name,
             "error_type": type(error).__name__,
-            "error_message": _message(error),
+            "error_message": message_of(error),
             "subscription": self.subscription.name,
             "attempt": attempt,
         }
@@ -656,7 +661,7 @@ class _Lane:
             event_id=str(delivery.row.event_id),
             subscription=self.subscription.name,
             error_type=type(error).__name__,
-            error_message=_message(error),
+            error_message=message_of(error),
             state=state,
         )
 
@@ -715,19 +720,8 @@ def _unsettled(delivery: _Delivery) -> Failure:
 def _failure(
     delivery: _Delivery, error: BaseException, state: str, next_in: float | None, *, attempts: int | None = None
 ) -> Failure:
-    try:
-        trace = "".join(traceback.format_exception(error))[-16000:]
-    except Exception as broken:  # an exception may do anything in its own __str__
-        trace = f"its traceback can't be shown: {type(broken).__name__}"
     used = delivery.attempt if attempts is None else attempts
-    return Failure(delivery.row, state, used, next_in, type(error).__name__, _message(error)[:4000], trace)
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"its message can't be shown: str() of it raised {type(broken).__name__}"
+    return Failure(delivery.row, state, used, next_in, type(error).__name__, message_of(error)[:4000], trace_of(error))
 
 
 def _is_refusal(error: Exception) -> bool:

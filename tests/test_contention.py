@@ -1,0 +1,146 @@
+"""Handlers, leases and settling share one database and one pool; none starves another."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from tests.log_records import Records
+from whereupon import Delivery, DomainEvent, EventBus
+
+pytestmark = pytest.mark.integration
+
+
+class SeatReserved(DomainEvent):
+    number: int
+
+
+async def test_a_transactional_handler_that_reads_and_then_waits_is_not_run_again_for_ever(database_url: str) -> None:
+    """On SQLite its snapshot is stale by then: the worker itself has renewed a lease, another has committed."""
+    bus = EventBus(database_url, create_tables=True, lease=1)
+    sessions = async_sessionmaker(bus.engine)
+    calls: Counter[int] = Counter()
+
+    @bus.subscribe(SeatReserved)
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        calls[event.number] += 1
+        await session.execute(text("SELECT count(*) FROM seats"))
+        await asyncio.sleep(0.6)
+        await session.execute(text("INSERT INTO seats VALUES (:number)"), {"number": event.number})
+
+    async with sessions.begin() as session:
+        await session.execute(text("CREATE TABLE seats (number INTEGER)"))
+    async with bus:
+        async with sessions.begin() as session:
+            receipt = await bus.publish(*[SeatReserved(number=number) for number in range(4)], session=session)
+        await receipt.settled(30)
+        async with sessions() as session:
+            assert sorted(await session.scalars(text("SELECT number FROM seats"))) == [0, 1, 2, 3]
+        assert all(state.attempts == 1 for state in await bus.deliveries(*[e.event_id for e in receipt.events]))
+    assert max(calls.values()) <= 2
+
+
+async def test_handlers_that_hold_connections_longer_than_a_lease_cost_no_lease(postgres_url: str) -> None:
+    records = Records()
+    bus = EventBus(postgres_url, create_tables=True, lease=1, logger=records)
+    sessions = async_sessionmaker(bus.engine)
+    calls: Counter[int] = Counter()
+
+    async def hold(event: SeatReserved, session: AsyncSession) -> None:
+        calls[event.number] += 1
+        await session.execute(text("SELECT 1"))
+        await asyncio.sleep(1.5)
+
+    for name in ("first", "second", "third"):
+        bus.subscribe(SeatReserved, hold, name=name)
+    async with bus:
+        async with sessions.begin() as session:
+            receipt = await bus.publish(*[SeatReserved(number=number) for number in range(10)], session=session)
+        await receipt.settled(30)
+    assert set(calls.values()) == {3}
+    assert not [record for record in records.all if "lease_lost" in str(record)]
+
+
+async def test_a_subscription_added_later_is_not_said_to_have_delivered_what_it_never_heard(database_url: str) -> None:
+    async def early(event: SeatReserved) -> None: ...
+
+    async def late(event: SeatReserved) -> None: ...
+
+    bus = EventBus(database_url, create_tables=True)
+    bus.subscribe(SeatReserved, early)
+    async with bus:
+        async with async_sessionmaker(bus.engine).begin() as session:
+            receipt = await bus.publish(SeatReserved(number=1), session=session)
+        await receipt.settled(20)
+    newer = EventBus(database_url)
+    newer.subscribe(SeatReserved, early)
+    newer.subscribe(SeatReserved, late)
+    async with newer:
+        found = await newer.deliveries(receipt.events[0].event_id)
+    assert [state.subscription for state in found if state.subscription.endswith("early")]
+    assert not [state.subscription for state in found if state.subscription.endswith("late")]
+
+
+async def test_an_exception_that_can_not_be_shown_costs_the_publisher_nothing(database_url: str) -> None:
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    bus = EventBus(database_url, create_tables=True, logger=Records())
+    sessions = async_sessionmaker(bus.engine)
+
+    @bus.subscribe(SeatReserved, delivery=Delivery.IN_TRANSACTION)
+    async def index(event: SeatReserved) -> None:
+        raise Unspeakable
+
+    async with sessions.begin() as session:
+        await session.execute(text("CREATE TABLE seats (number INTEGER)"))
+    async with bus:
+        async with sessions.begin() as session:
+            await session.execute(text("INSERT INTO seats VALUES (1)"))
+            receipt = await bus.publish(SeatReserved(number=1), session=session)
+        async with sessions() as session:
+            assert list(await session.scalars(text("SELECT number FROM seats"))) == [1]
+        [state] = await bus.deliveries(receipt.events[0].event_id)
+    assert state.error is not None
+    assert "can't be shown" in state.error
+
+
+async def test_a_bus_entered_again_finds_a_database_that_was_emptied_meanwhile(database_url: str) -> None:
+    heard: list[int] = []
+    bus = EventBus(database_url, create_tables=True)
+
+    @bus.subscribe(SeatReserved)
+    async def hear(event: SeatReserved) -> None:
+        heard.append(event.number)
+
+    for number in (1, 2):
+        async with bus:
+            async with async_sessionmaker(bus.engine).begin() as session:
+                receipt = await bus.publish(SeatReserved(number=number), session=session)
+            await receipt.settled(20)
+            async with async_sessionmaker(bus.engine).begin() as session:
+                for table in ("log", "cursor", "exception", "history"):
+                    await session.execute(text(f"DELETE FROM whereupon_{table}"))
+    assert heard == [1, 2]
+
+
+async def test_buses_of_two_new_databases_start_at_once_in_one_process(database_url: str, sqlite_url: str) -> None:
+    other = sqlite_url.replace("app.db", "other.db")
+    first, second = EventBus(database_url, create_tables=True), EventBus(other)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(first.start())
+        group.create_task(second.start())
+    await first.close()
+    await second.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"poll_interval": 0}, {"drain_timeout": -1}, {"in_flight": 0}, {"lease": float("inf")}]
+)
+def test_a_number_that_can_not_be_is_named(wrong: dict[str, float], sqlite_url: str) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name}={value}.*at least"):
+        EventBus(sqlite_url, **wrong)  # type: ignore[arg-type]
