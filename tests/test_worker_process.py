@@ -177,9 +177,7 @@ async def test_a_kill_repeats_no_more_than_what_was_in_flight_under_the_same_key
     assert found.total() - len(events) <= kills * 10  # in_flight of the worker
 
 
-async def test_two_processes_share_the_work_and_one_takes_over_when_the_other_is_killed(
-    bus: EventBus, start: Starting
-) -> None:
+async def test_of_two_processes_one_takes_over_when_the_other_is_killed(bus: EventBus, start: Starting) -> None:
     url = bus.engine.url.render_as_string(hide_password=False)
     events = await sell(bus, *range(20))
     pair = [start(url, "transactional") for _ in range(2)]
