@@ -267,10 +267,11 @@ def _print_visit(
         )
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("event, whereupon", header_style="dim", no_wrap=True, overflow="ellipsis")
-    table.add_column("state", header_style="dim", no_wrap=True)
-    table.add_column("after", header_style="dim", no_wrap=True, justify="right")
-    table.add_column("took", header_style="dim", no_wrap=True, justify="right")
+    room = max(30, console.width - 38)  # what the other columns leave
+    table.add_column("event, whereupon", header_style="dim", no_wrap=True, overflow="ellipsis", max_width=room)
+    table.add_column("state", header_style="dim", min_width=max(map(len, ("with the commit", *_STATES))))
+    table.add_column("after", header_style="dim", min_width=7, justify="right")
+    table.add_column("took", header_style="dim", min_width=8, justify="right")
     for event in events:
         table.add_row(Text(type(event).__name__, "bold"))
         for state in (state for state in states if state.event_id == event.event_id):
