@@ -144,3 +144,15 @@ def test_a_number_that_can_not_be_is_named(wrong: dict[str, float], sqlite_url: 
     [(name, value)] = wrong.items()
     with pytest.raises(ValueError, match=rf"{name}={value}.*at least"):
         EventBus(sqlite_url, **wrong)  # type: ignore[arg-type]
+
+
+async def test_a_session_of_another_engine_is_recognised_without_beginning_a_snapshot(sqlite_url: str) -> None:
+    """Read first, and the write at commit finds the snapshot stale as soon as anybody has committed since."""
+    bus, other = EventBus(sqlite_url, deliver=False), EventBus(sqlite_url, deliver=False)
+    async with bus, other:
+        async with async_sessionmaker(other.engine).begin() as session:
+            await bus.publish(SeatReserved(number=1), session=session)
+            async with async_sessionmaker(bus.engine).begin() as meanwhile:
+                await bus.publish(SeatReserved(number=2), session=meanwhile)
+        async with async_sessionmaker(bus.engine)() as session:
+            assert await session.scalar(text("SELECT count(*) FROM whereupon_log")) == 2

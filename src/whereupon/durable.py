@@ -353,6 +353,9 @@ class EventBus(Subscribing):
         engine = _staging.root_of(connection.engine)
         if engine is _staging.root_of(self.engine.sync_engine):
             return
+        # on SQLite a look into the database would begin a snapshot, which may be stale by the time of the first write
+        if connection.dialect.name == self.engine.dialect.name == "sqlite" and _same_file(engine.url, self.engine.url):
+            return
         theirs = self._known_engines.get(engine)
         if theirs is None:
             theirs = "none"
@@ -674,6 +677,12 @@ class _Heard(Mapping[str, Sequence[str]]):
 
     def __len__(self) -> int:
         return len(self._bus._classes)
+
+
+def _same_file(one: URL, other: URL) -> bool:
+    return bool(one.database and other.database) and os.path.realpath(str(one.database)) == os.path.realpath(
+        str(other.database)
+    )
 
 
 def _extra(url: URL) -> str:
