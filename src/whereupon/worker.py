@@ -328,8 +328,9 @@ class _Lane:
         """Wait until a read that begins from now on finds nothing, with nothing in flight and no retry due."""
         async with self._idle_changed:
             seen = self._idle_rounds
+            self.look()
             while not self._stopping and not self.lost and self._idle_rounds < seen + 2:
-                self.look()
+                self._wake.set()  # not the retries as well: asked for ever anew, they would never be seen to be over
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._idle_changed.wait(), 0.05)
 
