@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from alembic import op
 
+from whereupon.errors import UnsupportedDatabaseError
+
 revision = "whereupon_0001"
 down_revision = None
 branch_labels = ("whereupon",)
@@ -236,7 +238,7 @@ def upgrade() -> None:
     elif dialect == "sqlite":
         script = _SQLITE
     else:
-        raise NotImplementedError(f"whereupon has tables for PostgreSQL and SQLite, not for {dialect}")
+        raise UnsupportedDatabaseError(f"whereupon has tables for PostgreSQL and SQLite, not for {dialect}")
     for statement in script.strip().split("\n\n"):
         op.execute(statement)
 
