@@ -224,7 +224,7 @@ async def test_subscriptions_are_registered_before_the_first_event_in_a_transact
     async with sessions() as session:
         await bus.publish(NoteWritten(text="rolled back"), session=session)
         await session.rollback()
-        assert list(await session.scalars(select(cursor.c.subscription))) == [hear.__name__]
+        assert set(await session.scalars(select(cursor.c.subscription))) == {hear.__name__}
     await bus.close()
 
 

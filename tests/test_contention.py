@@ -124,7 +124,7 @@ async def test_a_bus_entered_again_finds_a_database_that_was_emptied_meanwhile(d
                 receipt = await bus.publish(SeatReserved(number=number), session=session)
             await receipt.settled(20)
             async with async_sessionmaker(bus.engine).begin() as session:
-                for table in ("log", "cursor", "exception", "history"):
+                for table in ("log", "cursor", "subscription", "exception", "history"):
                     await session.execute(text(f"DELETE FROM whereupon_{table}"))
     assert heard == [1, 2]
 

@@ -17,7 +17,10 @@ from whereupon import EventBus, SchemaError, schema
 
 pytestmark = pytest.mark.integration
 
-TABLES = {f"whereupon_{name}" for name in ("meta", "log", "cursor", "exception", "history", "audit")}
+TABLES = {
+    f"whereupon_{name}"
+    for name in ("meta", "log", "process", "subscription", "cursor", "exception", "history", "audit")
+}
 
 
 async def on(url: str, work: Any) -> Any:

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransacti
 
 from tests.servers import empty_database
 from whereupon import DomainEvent, EventBus
-from whereupon.store import Cursor, Record, Store
+from whereupon.store import Cursor, Move, Page, Record, Store
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +38,7 @@ async def bus(database_url: str) -> AsyncIterator[EventBus]:
 
 
 def records(*types: str) -> list[Record]:
-    return [Record(uuid4(), type_, 1, b"{}", "{}", None) for type_ in types]
+    return [Record(uuid4(), type_, 1, b"{}", "{}", None, None) for type_ in types]
 
 
 async def append(store: Store, connection: AsyncConnection, *types: str) -> list[UUID]:
@@ -53,26 +53,39 @@ async def registered(bus: EventBus) -> tuple[Store, Cursor]:
     async def reader(event: StockCounted) -> None: ...
 
     if SUBSCRIPTION not in bus.subscriptions:
-        bus.subscribe(StockCounted, reader, name=SUBSCRIPTION)
+        bus.subscribe(StockCounted, reader, name=SUBSCRIPTION, lanes=1)
     store = bus._store
     await store.prepare(create=True)
     await store.register(bus.subscriptions)
-    [cursor] = await store.claim([SUBSCRIPTION], OWNER, 60)
-    return store, cursor
+    return store, await claim(store)
+
+
+async def claim(store: Store) -> Cursor:
+    [cursor] = await store.claim((await store.layout([SUBSCRIPTION])).lanes, OWNER)
+    return cursor
+
+
+async def settle(store: Store, cursor: Cursor, page: Page) -> list[UUID]:
+    """Move the cursor past a page; return what was not settled of it before."""
+    passed = [row.position for row in page.rows if row.position in cursor.done]
+    async with store.writing() as connection:
+        await store.move(connection, Move(cursor, page.after, [], passed), OWNER)
+    new = [row.event_id for row in page.rows if row.position not in cursor.done]
+    cursor.place = page.after
+    cursor.done.difference_update(passed)
+    return new
 
 
 async def read_all(store: Store, cursor: Cursor, limit: int, types: list[str] | None = None) -> list[list[UUID]]:
     """Read and settle page after page until nothing more is visible; the ids of each page."""
     pages = []
     while True:
-        page = await store.read(cursor, types, False, limit)
-        async with store.writing() as connection:
-            cursor.done = await store.move(connection, cursor, page.after, [])
-        cursor.place = page.after
+        page = await store.read(cursor.place, types, limit)
+        new = await settle(store, cursor, page)
         assert len(page.rows) <= limit
         assert [row.position for row in page.rows] == sorted(row.position for row in page.rows)
-        if page.rows:
-            pages.append([row.event_id for row in page.rows])
+        if new:
+            pages.append(new)
         if page.complete:
             return pages
 
@@ -103,7 +116,7 @@ async def test_a_commit_in_the_middle_of_a_paged_window_waits_for_the_next_one(p
         late = await append(store, slow, "A")  # the lowest position of all
         early = await append(store, quick, *"AAAAA")
         await quick.commit()
-        page = await store.read(cursor, None, False, 2)
+        page = await store.read(cursor.place, None, 2)
         assert [row.event_id for row in page.rows] == early[:2]
         assert not page.complete
         cursor.place = page.after
@@ -204,31 +217,31 @@ class Log(RuleBasedStateMachine):
         self.runner.run(end())
         self.committed += events if commits else []
 
-    @rule(limit=st.integers(1, 3), settle=st.sampled_from([True, True, False]))
-    def read_a_page(self, limit: int, settle: bool) -> None:
+    @rule(limit=st.integers(1, 3), settles=st.sampled_from([True, True, False]))
+    def read_a_page(self, limit: int, settles: bool) -> None:
         async def read() -> None:
-            page = await self.store.read(self.cursor, None, False, limit)
+            page = await self.store.read(self.cursor.place, None, limit)
             assert [row.position for row in page.rows] == sorted(row.position for row in page.rows)
-            if settle:  # or the worker ended before it did
-                async with self.store.writing() as connection:
-                    await self.store.move(connection, self.cursor, page.after, [])
-                self.delivered += [row.event_id for row in page.rows]
-            [self.cursor] = await self.store.claim([SUBSCRIPTION], OWNER, 60)
+            if settles:  # or the worker ended before it did
+                self.delivered += await settle(self.store, self.cursor, page)
+            self.cursor = await claim(self.store)
 
         self.runner.run(read())
 
     @rule()
     def settle_the_next_out_of_order(self) -> None:
-        async def settle() -> None:
-            page = await self.store.read(self.cursor, None, False, 3)
-            if page.rows:
-                last = page.rows[-1]
+        async def settle_one() -> None:
+            page = await self.store.read(self.cursor.place, None, 3)
+            left = [row for row in page.rows if row.position not in self.cursor.done]
+            if left:
                 async with self.store.writing() as connection:
-                    await self.store.mark_done(connection, self.cursor, [last.position])
-                self.delivered.append(last.event_id)
-            [self.cursor] = await self.store.claim([SUBSCRIPTION], OWNER, 60)
+                    await self.store.move(
+                        connection, Move(self.cursor, self.cursor.place, [left[-1].position], []), OWNER
+                    )
+                self.delivered.append(left[-1].event_id)
+            self.cursor = await claim(self.store)
 
-        self.runner.run(settle())
+        self.runner.run(settle_one())
 
     @rule()
     def read_everything(self) -> None:

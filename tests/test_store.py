@@ -171,5 +171,5 @@ async def test_an_event_of_another_process_is_noticed_within_a_poll(database_url
 
 
 def _running(bus: EventBus) -> Any:
-    lane = bus._worker.lanes.get("notes") if bus._worker is not None else None
-    return lane.active if lane is not None else ()
+    lanes = bus._worker.lanes.values() if bus._worker is not None else ()
+    return [delivery for lane in lanes for delivery in lane.active]

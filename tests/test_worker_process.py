@@ -242,7 +242,7 @@ async def test_a_second_signal_ends_it_at_once(bus: EventBus, start: Starting) -
 async def test_a_handler_that_always_kills_its_process_ends_as_a_dead_letter(bus: EventBus, start: Starting) -> None:
     url = bus.engine.url.render_as_string(hide_password=False)
     [event] = await sell(bus, 1)
-    for _ in range(3):
+    for _ in range(4):  # the first of them is blamed on nobody: others may have run beside it
         code, errors = await asyncio.to_thread(ended, start(url, "deadly"), 20)
         assert code == 9, errors
     start(url, "deadly")

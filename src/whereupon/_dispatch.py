@@ -33,6 +33,8 @@ _UNCANCEL_CLEARS: Final = sys.version_info >= (3, 13)
 
 Call: TypeAlias = tuple[Callable[[Any], Awaitable[None]], float | None, Any]
 """A handler, the seconds it may take once it has suspended, and a label of the caller's for it."""
+Errand: TypeAlias = tuple[Callable[[Any], Awaitable[None]], Any, Context, float | None, Any]
+"""A call with an argument and a context of its own, for `Runner.start_each`."""
 
 try:
     from asyncio.tasks import _swap_current_task  # type: ignore[attr-defined,unused-ignore]
@@ -158,8 +160,9 @@ class Seat:
 class _House:
     """The seats of one event loop."""
 
-    def __init__(self, loop: AbstractEventLoop | None) -> None:
+    def __init__(self, loop: AbstractEventLoop | None, *, contains_exits: bool = False) -> None:
         self.loop = loop
+        self.contains_exits = contains_exits
         self.idle: list[Seat] = []
         self.running: dict[Seat, None] = {}
         self.deadlines: dict[float, dict[Seat, float]] = {}
@@ -234,6 +237,8 @@ def _steps_of(seat: Seat) -> Generator[Any, Any, None]:
     except BaseException as error:
         if not closing:
             seat.end(error)
+            if seat.house.contains_exits and isinstance(error, SystemExit):
+                return  # raised from a task it would end the event loop
             # whoever kept the task finds the error there; it counts as seen, since the bus was told
             seat.task.add_done_callback(_seen)
         raise
@@ -279,9 +284,13 @@ def _nobody(seat: Seat, error: BaseException | None) -> None:
 
 
 class Runner:
-    """Runs the handlers of one bus, on one event loop at a time."""
+    """Runs the handlers of one bus, on one event loop at a time.
 
-    def __init__(self) -> None:
+    With `contain_exits` a `SystemExit` of a handler that had suspended ends that handler, and not the event loop.
+    """
+
+    def __init__(self, *, contain_exits: bool = False) -> None:
+        self._contain_exits = contain_exits
         self._house = _House(None)
         self._houses: dict[AbstractEventLoop, _House] = {}
 
@@ -304,6 +313,32 @@ class Runner:
         handler that raised by then, `ended(seat, error)` from its task when one that waited is over; neither may raise.
         `SystemExit` and `KeyboardInterrupt` go to the caller.
         """
+        return self._start(calls, False, argument, context, failed, ended)
+
+    def start_each(
+        self,
+        errands: Iterable[Errand],
+        failed: Callable[[Any, Any, BaseException], None],
+        ended: Callable[[Seat, BaseException | None], None],
+        waiting: Callable[[Any, Seat], None],
+    ) -> None:
+        """As `start`, for calls with arguments and contexts of their own; one is taken once the one before is done.
+
+        `waiting(label, seat)` is called for a handler that waits for something. What makes the errands runs in the
+        place of a handler's task, so it must not touch the current one.
+        """
+        self._start(errands, True, None, None, failed, ended, waiting)
+
+    def _start(
+        self,
+        calls: Iterable[Any],
+        each: bool,
+        argument: Any,
+        context: Any,
+        failed: Callable[[Any, Any, BaseException], None],
+        ended: Callable[[Seat, BaseException | None], None],
+        waiting: Callable[[Any, Seat], None] | None = None,
+    ) -> Sequence[Seat]:
         loop = asyncio.get_running_loop()
         house = self._house
         if house.loop is not loop:
@@ -320,7 +355,11 @@ class Runner:
         try:
             # the loop below runs no callback, so whatever raises these numbers is a handler's doing
             references, watchers = getrefcount(task), getweakrefcount(task)
-            for function, timeout, label in calls:
+            for call in calls:
+                if each:
+                    function, argument, context, timeout, label = call
+                else:
+                    function, timeout, label = call
                 if not free:
                     seat = Seat(house, loop)
                     task = seat.task
@@ -353,6 +392,8 @@ class Runner:
                     if timeout is not None:
                         house.limit(seat, timeout)
                     seat.take_over()
+                    if waiting is not None:
+                        waiting(label, seat)
                 elif getrefcount(task) != references or getweakrefcount(task) != watchers or task.touched:
                     free = False
                     seat.dismiss()
@@ -377,7 +418,7 @@ class Runner:
                 _set(seat.task, "_log_destroy_pending", False)
                 seat.end(BusStateError("its event loop was closed while it ran"))
                 seat.ended = _nobody
-        self._house = self._houses.setdefault(loop, _House(loop))
+        self._house = self._houses.setdefault(loop, _House(loop, contains_exits=self._contain_exits))
         return self._house
 
     def stop(self, why: str) -> list[Task[None]]:

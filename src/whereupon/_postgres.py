@@ -8,18 +8,44 @@ A window too large for one page is paged by position while S2 is kept as `target
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Connection, Text, Uuid, bindparam, func, insert, text
+import msgspec
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Connection,
+    Integer,
+    Text,
+    TextClause,
+    Uuid,
+    bindparam,
+    func,
+    insert,
+    text,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon.schema import log
-from whereupon.store import Cursor, Page, Record, Row, Store, lost
+from whereupon.store import (
+    Cursor,
+    LaneKey,
+    LaneState,
+    Move,
+    Page,
+    Passed,
+    Pulse,
+    Record,
+    Remembered,
+    Row,
+    Store,
+    lost,
+)
 from whereupon.subscription import Subscription
 
 
@@ -32,29 +58,46 @@ class Place(NamedTuple):
     """While a window is paged: the position up to which it is handled."""
 
 
-_COLUMNS = "l.position, l.event_id, l.type, l.version, l.payload, l.headers, l.recorded_at"
-_NEW = (
-    "(l.tx_id >= pg_snapshot_xmax(CAST(CAST(:snapshot AS text) AS pg_snapshot))"
-    " OR l.tx_id = ANY(ARRAY(SELECT pg_snapshot_xip(CAST(CAST(:snapshot AS text) AS pg_snapshot)))))"
+STALLED_MS: Final = 10_000
+"""Milliseconds for which a session may idle while it holds a cursor's row locked, before the server ends it."""
+
+_COLUMNS = (
+    "l.position, l.event_id, l.type, l.version, l.payload, l.headers, l.keys, CAST(l.ran AS text) AS ran, l.recorded_at"
 )
-_KEY = "subscription = :subscription AND lane = :lane AND token = :token"
+_KEY = "subscription = :subscription AND generation = :generation AND lane = :lane AND token = :token"
+_STALLED = f"set_config('idle_in_transaction_session_timeout', '{STALLED_MS}', true)"
+
+
+def _snapshot(name: str) -> str:
+    """A parameter as a snapshot; in a subquery of its own it is parsed once, and not for each row."""
+    return f"(SELECT CAST(CAST(:{name} AS text) AS pg_snapshot))"
+
+
+# What transactions did that S1 did not see, in two parts: each has an index, while an OR of them may be a scan.
+_SINCE = "l.tx_id >= (SELECT pg_snapshot_xmax(CAST(CAST(:snapshot AS text) AS pg_snapshot)))"
+_LATE = "l.tx_id = ANY(ARRAY(SELECT pg_snapshot_xip(CAST(CAST(:snapshot AS text) AS pg_snapshot))))"
 
 
 class PostgresStore(Store):
     def __init__(self, engine: AsyncEngine) -> None:
-        # a snapshot that outlives a statement (REPEATABLE READ) would hide what was committed since
-        super().__init__(engine.execution_options(isolation_level="READ COMMITTED"))
+        super().__init__(engine)
+        self.engine = engine.execution_options(isolation_level="READ COMMITTED")
         self.now = func.clock_timestamp()
         self.now_as_time = func.clock_timestamp()
         self.upsert = postgresql.insert
         self._seen: str | None = None
-        # one statement sees one snapshot anyway: BEGIN and ROLLBACK around it would cost two more round trips
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._workers: str | None = None
         if engine.driver == "asyncpg":
             import asyncpg
 
             # SQLAlchemy 2.0 lets through what the driver raises while it connects
             self.errors = (*self.errors, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+    def use(self, engine: AsyncEngine) -> None:
+        # one statement sees one snapshot anyway: BEGIN and ROLLBACK around it would cost two more round trips
+        self._autocommit = AsyncEngine(engine.sync_engine.execution_options(isolation_level="AUTOCOMMIT"))
+        # a snapshot that outlives a statement (REPEATABLE READ) would hide what was committed since
+        self.own = engine.execution_options(isolation_level="READ COMMITTED")
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -72,184 +115,346 @@ class PostgresStore(Store):
             theirs = await connection.scalar(text("SELECT clock_timestamp()"))
             self.clock_offset = theirs - before
 
-    async def register(self, subscriptions: Iterable[Subscription]) -> None:
-        names = sorted(subscription.name for subscription in subscriptions)
+    # --- publishing -------------------------------------------------------------------------------------------------
+
+    async def register(self, subscriptions: Iterable[Subscription]) -> dict[str, int]:
+        wanted = sorted(subscriptions, key=lambda subscription: subscription.name)
+        names = [subscription.name for subscription in wanted]
         with self.reaching():
             async with self.writing() as connection:
-                await self._register(connection, names)
+                await connection.execute(
+                    text(
+                        "WITH wanted AS (SELECT * FROM unnest(:names, :lanes, :fields) AS w (name, lanes, ordered_by)),"
+                        " "
+                        "made AS (INSERT INTO whereupon_subscription (name, lanes, ordered_by) SELECT * FROM wanted w "
+                        "WHERE NOT EXISTS (SELECT 1 FROM whereupon_subscription s WHERE s.name = w.name) "
+                        "ON CONFLICT DO NOTHING RETURNING name, lanes) "
+                        "INSERT INTO whereupon_cursor (subscription, lane, snapshot) "
+                        "SELECT name, lane, pg_current_snapshot() FROM made, generate_series(0, lanes - 1) AS lane"
+                    ).bindparams(
+                        bindparam("names", type_=ARRAY(Text())),
+                        bindparam("lanes", type_=ARRAY(Integer())),
+                        bindparam("fields", type_=ARRAY(Text())),
+                    ),
+                    {
+                        "names": names,
+                        "lanes": [subscription.lanes for subscription in wanted],
+                        "fields": [subscription.ordered_by for subscription in wanted],
+                    },
+                )
+            async with self.reading() as connection:
+                rows = await connection.execute(
+                    text("SELECT name, lanes FROM whereupon_subscription WHERE name = ANY(:names)").bindparams(
+                        bindparam("names", type_=ARRAY(Text()))
+                    ),
+                    {"names": names},
+                )
+                return {row.name: row.lanes for row in rows}
 
-    async def _register(self, connection: AsyncConnection, names: list[str]) -> None:
-        await connection.execute(
-            text(
-                "INSERT INTO whereupon_cursor (subscription, lane, snapshot) "
-                "SELECT name, 0, pg_current_snapshot() FROM unnest(CAST(:names AS text[])) AS name "
-                "WHERE NOT EXISTS (SELECT 1 FROM whereupon_cursor c WHERE c.subscription = name) "
-                "ON CONFLICT DO NOTHING"
-            ),
-            {"names": names},
-        )
-
-    def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> dict[UUID, int]:
+    def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
         values = [record._asdict() for record in records]
         if positions:
-            rows = connection.execute(
-                insert(log).returning(log.c.event_id, log.c.position, sort_by_parameter_order=True), values
-            )
-            return {row.event_id: row.position for row in rows}
+            rows = connection.execute(insert(log).returning(log.c.position, sort_by_parameter_order=True), values)
+            return list(rows.scalars())
         connection.execute(insert(log).inline(), values)
-        return {}
+        return []
 
-    async def claim(self, names: Sequence[str], owner: UUID, lease: float) -> list[Cursor]:
+    # --- lanes ------------------------------------------------------------------------------------------------------
+
+    async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:
         async with self.writing() as connection:
             rows = await connection.execute(
-                text(
-                    "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1, "
-                    "lease_until = clock_timestamp() + make_interval(secs => :lease) "
-                    "FROM (SELECT subscription, lane FROM whereupon_cursor "
-                    "WHERE subscription = ANY(:names) AND NOT paused "
-                    "AND (owner IS NULL OR owner = :owner OR lease_until < clock_timestamp()) "
-                    "FOR UPDATE SKIP LOCKED) AS free "
-                    "WHERE c.subscription = free.subscription AND c.lane = free.lane "
-                    "RETURNING c.subscription, c.lane, c.token, c.snapshot::text, c.target::text, c.page, c.done"
-                ).bindparams(bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text()))),
-                {"owner": owner, "names": list(names), "lease": float(lease)},
+                _CLAIM,
+                {
+                    "owner": owner,
+                    "names": [lane.key.subscription for lane in lanes],
+                    "generations": [lane.key.generation for lane in lanes],
+                    "lanes": [lane.key.lane for lane in lanes],
+                    "tokens": [lane.token for lane in lanes],
+                },
             )
-            return [
-                Cursor(row.subscription, row.lane, row.token, Place(row.snapshot, row.target, row.page), set(row.done))
+            cursors = [
+                Cursor(
+                    LaneKey(row.subscription, row.generation, row.lane),
+                    row.token,
+                    Place(row.snapshot, row.target, row.page),
+                    set(row.done),
+                )
                 for row in rows
             ]
+            await self.load_exceptions(connection, cursors)
+        return cursors
 
-    async def renew(self, cursors: Sequence[Cursor], owner: UUID, lease: float) -> list[Cursor]:
-        async with self.writing() as connection:
-            rows = await connection.execute(
-                text(
-                    "UPDATE whereupon_cursor SET lease_until = clock_timestamp() + make_interval(secs => :lease) "
-                    "WHERE owner = :owner AND subscription = ANY(:names) RETURNING subscription, lane, token"
-                ).bindparams(bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text()))),
-                {"owner": owner, "names": [cursor.subscription for cursor in cursors], "lease": float(lease)},
-            )
-            held = {tuple(row) for row in rows}
-        return [cursor for cursor in cursors if (cursor.subscription, cursor.lane, cursor.token) not in held]
-
-    async def release(self, owner: UUID) -> None:
-        async with self.writing() as connection:
-            await connection.execute(
-                text("UPDATE whereupon_cursor SET owner = NULL, lease_until = NULL WHERE owner = :owner").bindparams(
-                    bindparam("owner", type_=Uuid())
-                ),
-                {"owner": owner},
-            )
-
-    async def read(self, cursor: Cursor, types: Sequence[str] | None, skip_ran: bool, limit: int) -> Page:
-        place: Place = cursor.place
-        conditions = [
-            _NEW,
-            "NOT EXISTS (SELECT 1 FROM whereupon_exception x WHERE x.subscription = :subscription"
-            " AND x.position = l.position)",
-        ]
-        parameters: dict[str, Any] = {"snapshot": place.snapshot, "subscription": cursor.subscription, "limit": limit}
-        if types is not None:
-            conditions.append("l.type = ANY(CAST(:types AS text[]))")
-            parameters["types"] = list(types)
-        if skip_ran:
-            conditions.append("(l.ran IS NULL OR NOT jsonb_exists(l.ran, :subscription))")
-        if place.target is not None:
-            conditions.append("pg_visible_in_snapshot(l.tx_id, CAST(CAST(:target AS text) AS pg_snapshot))")
-            conditions.append("l.position > :page")
-            parameters |= {"target": place.target, "page": place.page}
-        query = (
-            "SELECT s.now, r.* FROM (SELECT pg_current_snapshot()::text AS now) s LEFT JOIN LATERAL "
-            f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {' AND '.join(conditions)} "
-            "ORDER BY l.position LIMIT :limit) r ON true ORDER BY r.position"
+    async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        rows = await connection.execute(
+            text(
+                "SELECT x.subscription, x.generation, x.lane, x.position FROM whereupon_exception x "
+                "JOIN whereupon_cursor c ON c.subscription = x.subscription AND c.generation = x.generation "
+                "AND c.lane = x.lane JOIN whereupon_log l ON l.position = x.position "
+                "WHERE x.subscription = ANY(:names) AND NOT pg_visible_in_snapshot(l.tx_id, c.snapshot) "
+                "AND NOT (c.target IS NOT NULL AND pg_visible_in_snapshot(l.tx_id, c.target) AND l.position <= c.page)"
+            ).bindparams(bindparam("names", type_=ARRAY(Text()))),
+            {"names": list(names)},
         )
-        async with self.reading() as connection:
-            found = (await connection.execute(text(query), parameters)).all()
-        rows = [Row(*row[1:]) for row in found if row.position is not None]
-        target = place.target or found[0].now
-        ended = len(rows) < limit
-        after = Place(target) if ended else Place(place.snapshot, target, rows[-1].position)
-        # what was committed since a paged window was opened is not in it: the next read looks for that
-        complete = ended and place.target is None
-        return Page([row for row in rows if row.position not in cursor.done], after, complete)
+        return [tuple(row) for row in rows]
 
-    async def pulse(self) -> bool:
-        if self._seen is None:
-            query = text("SELECT pg_current_snapshot()::text AS now, true AS grown")
-        else:
-            query = text(
-                "SELECT pg_current_snapshot()::text AS now, "
-                f"EXISTS (SELECT 1 FROM whereupon_log l WHERE {_NEW}) AS grown"
-            ).bindparams(snapshot=self._seen)
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    async def read(self, place: Place, types: Sequence[str] | None, limit: int, toward: Place | None = None) -> Page:
         async with self.reading() as connection:
-            row = (await connection.execute(query)).one()
-        self._seen = row.now
-        return bool(row.grown)
+            if place.target is None:
+                parameters = {
+                    "snapshot": place.snapshot,
+                    "limit": limit + 1,
+                    "toward": None if toward is None else toward.snapshot,
+                    "types": None if types is None else list(types),
+                }
+                found = (await connection.execute(_WINDOW[toward is None, types is None], parameters)).all()
+                now: str = found[0].now
+                rows = [Row(*row[1:]) for row in found if row.position is not None]
+                if len(rows) <= limit:
+                    rows.sort(key=lambda row: row.position)
+                    return Page(rows, (place.snapshot, now), Place(now), toward is None)
+                # more than a page: from its least position on, which a late commit may have put far back
+                first = await connection.scalar(_FIRST, {"snapshot": place.snapshot, "target": now})
+                place = Place(place.snapshot, now, first - 1)
+            page = await connection.execute(
+                _PAGE[types is None],
+                {
+                    "snapshot": place.snapshot,
+                    "target": place.target,
+                    "page": place.page,
+                    "limit": limit,
+                    "types": None if types is None else list(types),
+                },
+            )
+            rows = [Row(*row) for row in page]
+        assert place.target is not None
+        ended = len(rows) < limit
+        after = Place(place.target) if ended else Place(place.snapshot, place.target, rows[-1].position)
+        # what was committed since the window was opened is not in it: the next read looks for that
+        return Page(rows, (place.snapshot, place.target), after, False)
+
+    def within(self, window: tuple[str, str], position: int) -> Place:
+        return Place(*window, position)
+
+    def is_later(self, place: Place, other: Place) -> bool:
+        return _age(place.snapshot) > _age(other.snapshot)
+
+    async def pulse(self, owner: UUID, names: Sequence[str]) -> Pulse:
+        async with self.reading() as connection:
+            row = (
+                await connection.execute(
+                    _PULSE, {"snapshot": self._seen or "1:1:", "owner": owner, "names": list(names)}
+                )
+            ).one()
+        grown, changed = self._seen is None or row.grown, row.workers != self._workers
+        self._seen, self._workers = row.now, row.workers
+        due = [] if row.due is None else msgspec.json.decode(row.due, type=list[LaneKey])
+        return Pulse(grown, due, changed or row.restless)
+
+    # --- settling ---------------------------------------------------------------------------------------------------
+
+    async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
+        async with self.reading() as connection:  # one statement, and so a transaction by itself
+            rows = await connection.execute(
+                _SETTLE,
+                {
+                    "names": [move.cursor.key.subscription for move in moves],
+                    "generations": [move.cursor.key.generation for move in moves],
+                    "lanes": [move.cursor.key.lane for move in moves],
+                    "tokens": [move.cursor.token for move in moves],
+                    "snapshots": [move.place.snapshot for move in moves],
+                    "targets": [move.place.target for move in moves],
+                    "pages": [move.place.page for move in moves],
+                    "adds": [_array(move.add) for move in moves],
+                    "drops": [_array(move.drop) for move in moves],
+                    **self._kept(worker, remembered),
+                },
+            )
+            return {LaneKey(*row) for row in rows}
 
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
-        held = await connection.execute(text(f"SELECT 1 FROM whereupon_cursor WHERE {_KEY} FOR UPDATE"), _key(cursor))
+        held = await connection.execute(
+            text(f"SELECT {_STALLED} FROM whereupon_cursor WHERE {_KEY} FOR UPDATE"), _key(cursor)
+        )
         if held.first() is None:
             raise lost(cursor)
 
-    async def mark_done(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> None:
-        done = await connection.execute(
-            text(f"UPDATE whereupon_cursor SET done = done || :positions WHERE {_KEY}").bindparams(
-                bindparam("positions", type_=ARRAY(BigInteger()))
-            ),
-            {**_key(cursor), "positions": list(positions)},
+    async def move(
+        self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()
+    ) -> None:
+        moved = await connection.execute(
+            _MOVE,
+            {
+                **_key(move.cursor),
+                **move.place._asdict(),
+                "add": _array(move.add),
+                "drop": _array(move.drop),
+                **self._kept(worker, remembered),
+            },
         )
-        if not done.rowcount:
-            raise lost(cursor)
+        if moved.first() is None:
+            raise lost(move.cursor)
 
-    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Place, keep: Collection[int]) -> set[int]:
-        snapshot, target = "CAST(CAST(:snapshot AS text) AS pg_snapshot)", "CAST(CAST(:target AS text) AS pg_snapshot)"
-        beyond = (
-            "EXISTS (SELECT 1 FROM whereupon_log l WHERE l.position = d"
-            f" AND NOT pg_visible_in_snapshot(l.tx_id, {snapshot})"
-            f" AND NOT coalesce(pg_visible_in_snapshot(l.tx_id, {target}) AND l.position <= :page, false))"
-        )
-        left = await connection.scalar(
-            text(
-                f"UPDATE whereupon_cursor SET snapshot = {snapshot}, target = {target}, page = :page, "
-                f"done = ARRAY(SELECT d FROM unnest(done) AS d WHERE d = ANY(:keep) OR {beyond}) "
-                f"WHERE {_KEY} RETURNING done"
-            ).bindparams(bindparam("keep", type_=ARRAY(BigInteger()))),
-            {**_key(cursor), **place._asdict(), "keep": list(keep)},
-        )
-        if left is None:
-            raise lost(cursor)
-        return set(left)
+    def _kept(self, worker: UUID, remembered: Sequence[Remembered]) -> dict[str, Any]:
+        kept = [self._remembered(worker, one) for one in remembered]
+        return {
+            "worker": worker,
+            "kept_names": [one["subscription"] for one in kept],
+            "kept_generations": [one["generation"] for one in kept],
+            "firsts": [one["first_position"] for one in kept],
+            "lasts": [one["last_position"] for one in kept],
+            "entries": [one["entries"] for one in kept],
+        }
 
     async def done_now(self, connection: AsyncConnection, cursor: Cursor) -> set[int]:
         done = await connection.scalar(
-            text("SELECT done FROM whereupon_cursor WHERE subscription = :subscription AND lane = :lane"),
-            {"subscription": cursor.subscription, "lane": cursor.lane},
+            text(
+                "SELECT done FROM whereupon_cursor "
+                "WHERE subscription = :subscription AND generation = :generation AND lane = :lane"
+            ),
+            cursor.key._asdict(),
         )
         return set(done or ())
 
-    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool, bool]]:
+    # --- what became of events --------------------------------------------------------------------------------------
+
+    async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
         query = text(
-            "SELECT l.event_id, l.type, l.position, l.ran, c.subscription, "
-            "pg_visible_in_snapshot(l.tx_id, c.snapshot) OR l.position = ANY(c.done) "
+            "SELECT l.event_id, l.type, l.position, l.keys, CAST(l.ran AS text) AS ran, c.subscription, c.lane, "
+            "s.lanes, s.ordered_by, pg_visible_in_snapshot(l.tx_id, c.snapshot) OR l.position = ANY(c.done) "
             "OR (c.target IS NOT NULL AND pg_visible_in_snapshot(l.tx_id, c.target) AND l.position <= c.page) AS past, "
-            "l.recorded_at < c.created_at AS older "
-            "FROM whereupon_log l CROSS JOIN whereupon_cursor c WHERE l.event_id = ANY(:ids) "
-            "ORDER BY l.position, c.subscription"
+            "l.recorded_at < s.created_at AS older "
+            "FROM whereupon_log l CROSS JOIN whereupon_cursor c "
+            "JOIN whereupon_subscription s ON s.name = c.subscription "
+            "WHERE l.event_id = ANY(:ids) AND c.generation = 0 ORDER BY l.position, c.subscription, c.lane"
         ).bindparams(bindparam("ids", type_=ARRAY(Uuid())))
         async with self.reading() as connection:
             rows = await connection.execute(query, {"ids": list(event_ids)})
-            return [
-                (row.event_id, row.type, row.position, _ran(row.ran), row.subscription, row.past, row.older)
-                for row in rows
-            ]
+            return [Passed(**{**row._mapping, "ran": ran_of(row.ran)}) for row in rows]
 
 
-def _ran(value: Any) -> list[str]:
-    if isinstance(value, str):  # a driver that leaves jsonb to its caller
-        import json
+def ran_of(value: str | None) -> list[str]:
+    return [] if value is None else msgspec.json.decode(value, type=list[str])
 
-        value = json.loads(value)
-    return list(value or [])
+
+def _age(snapshot: str) -> tuple[int, int]:
+    """Orders snapshots of one server by when they were taken: transactions begin, and those in progress end."""
+    _, xmax, in_progress = snapshot.split(":")
+    return int(xmax), -len(in_progress.split(",")) if in_progress else 0
+
+
+def _array(positions: Sequence[int]) -> str:
+    """An array in PostgreSQL's text form, since arrays of arrays of different lengths can't be passed."""
+    return f"{{{','.join(map(str, positions))}}}"
 
 
 def _key(cursor: Cursor) -> dict[str, Any]:
-    return {"subscription": cursor.subscription, "lane": cursor.lane, "token": cursor.token}
+    return {**cursor.key._asdict(), "token": cursor.token}
+
+
+def _window(now_is_target: bool, all_types: bool) -> TextClause:
+    """What a window holds, in no order; at most `limit` of it, so that a large one can be told from a small."""
+    wanted = "" if all_types else " AND l.type = ANY(:types)"
+    if not now_is_target:
+        wanted += f" AND pg_visible_in_snapshot(l.tx_id, {_snapshot('toward')})"
+    target = "pg_current_snapshot()" if now_is_target else _snapshot("toward")
+    query = text(
+        f"SELECT s.now, r.* FROM (SELECT CAST({target} AS text) AS now) s LEFT JOIN LATERAL ("
+        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} LIMIT :limit) UNION ALL "
+        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_LATE}{wanted} LIMIT :limit) LIMIT :limit) r ON true"
+    )
+    return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
+
+
+def _page(all_types: bool) -> TextClause:
+    """The next of a paged window. Its conditions but for the position fit no index: it is the primary key's to read."""
+    query = text(
+        f"SELECT {_COLUMNS} FROM whereupon_log l WHERE l.position > :page "
+        f"AND NOT pg_visible_in_snapshot(l.tx_id, {_snapshot('snapshot')}) "
+        f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')})"
+        f"{'' if all_types else ' AND l.type = ANY(:types)'} ORDER BY l.position LIMIT :limit"
+    )
+    return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
+
+
+_WINDOW: Final = {(now, every): _window(now, every) for now in (True, False) for every in (True, False)}
+_PAGE: Final = {every: _page(every) for every in (True, False)}
+_FIRST: Final = text(
+    f"SELECT least((SELECT min(l.position) FROM whereupon_log l WHERE {_SINCE} "
+    f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')})), "
+    f"(SELECT min(l.position) FROM whereupon_log l WHERE {_LATE}))"
+)
+
+_CLAIM: Final = text(
+    "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1 FROM ("
+    "SELECT k.subscription, k.generation, k.lane FROM whereupon_cursor k "
+    "JOIN unnest(:names, :generations, :lanes, :tokens) AS w (subscription, generation, lane, token) "
+    "USING (subscription, generation, lane, token) "
+    "WHERE k.owner IS NULL OR k.owner = :owner OR NOT EXISTS (SELECT 1 FROM whereupon_process p "
+    "WHERE p.id = k.owner AND p.lease_until > clock_timestamp()) FOR UPDATE OF k SKIP LOCKED) AS free "
+    "WHERE c.subscription = free.subscription AND c.generation = free.generation AND c.lane = free.lane "
+    "RETURNING c.subscription, c.generation, c.lane, c.token, CAST(c.snapshot AS text), CAST(c.target AS text), "
+    "c.page, c.done"
+).bindparams(
+    bindparam("owner", type_=Uuid()),
+    bindparam("names", type_=ARRAY(Text())),
+    bindparam("generations", type_=ARRAY(Integer())),
+    bindparam("lanes", type_=ARRAY(Integer())),
+    bindparam("tokens", type_=ARRAY(BigInteger())),
+)
+
+_PULSE: Final = text(
+    "SELECT CAST(pg_current_snapshot() AS text) AS now, "
+    f"EXISTS (SELECT 1 FROM whereupon_log l WHERE {_SINCE}) OR EXISTS (SELECT 1 FROM whereupon_log l WHERE {_LATE}) "
+    "AS grown, (SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "
+    "FROM whereupon_exception x WHERE x.next_at <= clock_timestamp()) AS due, "
+    "EXISTS (SELECT 1 FROM whereupon_cursor c JOIN whereupon_subscription s ON s.name = c.subscription "
+    "LEFT JOIN whereupon_process p ON p.id = c.owner AND p.lease_until > clock_timestamp() "
+    "WHERE c.subscription = ANY(:names) AND CASE WHEN s.paused THEN c.owner = :owner ELSE p.id IS NULL END) "
+    "AS restless, (SELECT string_agg(CAST(p.id AS text) || p.serves, ' ' ORDER BY p.id) FROM whereupon_process p "
+    "WHERE p.in_flight > 0 AND p.lease_until > clock_timestamp()) AS workers"
+).bindparams(bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text())))
+
+_DONE = (
+    "CASE WHEN {add} = '{{}}' AND {drop} = '{{}}' THEN c.done ELSE ARRAY("
+    "SELECT unnest(c.done || CAST({add} AS bigint[])) EXCEPT SELECT unnest(CAST({drop} AS bigint[]))) END"
+)
+
+_KEPT = (
+    "kept AS (INSERT INTO whereupon_history "
+    "(subscription, generation, worker, first_position, last_position, entries) "
+    "SELECT h.name, h.generation, :worker, h.first, h.last, h.entries "
+    "FROM unnest(:kept_names, :kept_generations, :firsts, :lasts, :entries) "
+    "AS h (name, generation, first, last, entries))"
+)
+_KEPT_TYPES: Final[tuple[BindParameter[Any], ...]] = (
+    bindparam("worker", type_=Uuid()),
+    *(bindparam(name, type_=ARRAY(Text())) for name in ("kept_names", "entries")),
+    bindparam("kept_generations", type_=ARRAY(Integer())),
+    *(bindparam(name, type_=ARRAY(BigInteger())) for name in ("firsts", "lasts")),
+)
+
+_SETTLE: Final = text(
+    "WITH moved AS (UPDATE whereupon_cursor AS c SET snapshot = CAST(v.snapshot AS pg_snapshot), "
+    "target = CAST(v.target AS pg_snapshot), page = v.page, "
+    f"done = {_DONE.format(add='v.add', drop='v.drop')} "
+    "FROM unnest(:names, :generations, :lanes, :tokens, :snapshots, :targets, :pages, :adds, :drops) "
+    "AS v (subscription, generation, lane, token, snapshot, target, page, add, drop) "
+    "WHERE c.subscription = v.subscription AND c.generation = v.generation AND c.lane = v.lane AND c.token = v.token "
+    "RETURNING c.subscription, c.generation, c.lane), "
+    f"{_KEPT} SELECT subscription, generation, lane FROM moved"
+).bindparams(
+    *_KEPT_TYPES,
+    *(bindparam(name, type_=ARRAY(Text())) for name in ("names", "snapshots", "targets", "adds", "drops")),
+    *(bindparam(name, type_=ARRAY(Integer())) for name in ("generations", "lanes")),
+    *(bindparam(name, type_=ARRAY(BigInteger())) for name in ("tokens", "pages")),
+)
+
+_MOVE: Final = text(
+    "WITH moved AS (UPDATE whereupon_cursor AS c SET snapshot = CAST(CAST(:snapshot AS text) AS pg_snapshot), "
+    "target = CAST(CAST(:target AS text) AS pg_snapshot), page = :page, "
+    f"done = {_DONE.format(add='CAST(:add AS text)', drop='CAST(:drop AS text)')} WHERE {_KEY} RETURNING 1), "
+    f"{_KEPT} SELECT {_STALLED} FROM moved"
+).bindparams(*_KEPT_TYPES)

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Connection, LargeBinary, bindparam, cast, event, func, insert, select, text, update
+import msgspec
+from sqlalchemy import Connection, LargeBinary, Text, bindparam, cast, event, func, insert, select, text, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from whereupon.schema import UTCDateTime, exception, log
+from whereupon.schema import UTCDateTime, exception, log, process
 from whereupon.schema import cursor as cursor_table
-from whereupon.store import Cursor, Page, Record, Row, Store, lost
+from whereupon.schema import subscription as subscription_table
+from whereupon.store import (
+    Cursor,
+    LaneKey,
+    LaneState,
+    Move,
+    Page,
+    Passed,
+    Pulse,
+    Record,
+    Remembered,
+    Row,
+    Store,
+    lost,
+)
 from whereupon.subscription import Subscription
 
 BUSY_SECONDS = 30.0
@@ -30,10 +45,10 @@ def configure(engine: AsyncEngine) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
         for pragma in (
+            f"busy_timeout={BUSY_SECONDS * 1000:.0f}",
             "journal_mode=WAL",
             "synchronous=NORMAL",
             "foreign_keys=ON",
-            f"busy_timeout={BUSY_SECONDS * 1000:.0f}",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -52,11 +67,12 @@ class SQLiteStore(Store):
         self.upsert = sqlite.insert
         self._pulse: AsyncConnection | None = None
         self._version: int | None = None
+        self._next_at: dict[LaneKey, datetime] = {}
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """Takes the write lock at once: a transaction that reads first may find its snapshot stale when it writes."""
-        async with self.locking_engine.connect() as connection, connection.begin():
+        async with self.own.connect() as connection, connection.begin():
             await self.take_lock(connection)
             yield connection
 
@@ -70,85 +86,91 @@ class SQLiteStore(Store):
         if driver is None or not driver.in_transaction:
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    async def register(self, subscriptions: Iterable[Subscription]) -> None:
-        wanted = sorted(subscription.name for subscription in subscriptions)
-        with self.reaching():
-            await self._register(wanted)
+    # --- publishing -------------------------------------------------------------------------------------------------
 
-    async def _register(self, wanted: list[str]) -> None:
+    async def register(self, subscriptions: Iterable[Subscription]) -> dict[str, int]:
+        wanted = sorted(subscriptions, key=lambda subscription: subscription.name)
+        with self.reaching():
+            known = await self._lanes()
+            if missing := [subscription for subscription in wanted if subscription.name not in known]:
+                await self._register(missing)
+                known = await self._lanes()
+        return {subscription.name: known[subscription.name] for subscription in wanted}
+
+    async def _lanes(self) -> dict[str, int]:
         async with self.reading() as connection:
-            known = set((await connection.scalars(select(cursor_table.c.subscription))).all())
-        missing = [name for name in wanted if name not in known]
-        if not missing:
-            return
+            rows = await connection.execute(select(subscription_table.c.name, subscription_table.c.lanes))
+            return {row.name: row.lanes for row in rows}
+
+    async def _register(self, missing: Sequence[Subscription]) -> None:
         async with self.writing() as connection:
-            for name in missing:
-                await connection.execute(
+            for subscription in missing:
+                made = await connection.execute(
                     text(
-                        "INSERT INTO whereupon_cursor (subscription, lane, page) VALUES (:name, 0, "
-                        "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'whereupon_log'), 0)) "
+                        "INSERT INTO whereupon_subscription (name, lanes, ordered_by) VALUES (:name, :lanes, :field) "
                         "ON CONFLICT DO NOTHING"
                     ),
-                    {"name": name},
+                    {"name": subscription.name, "lanes": subscription.lanes, "field": subscription.ordered_by},
+                )
+                if not made.rowcount:
+                    continue
+                await connection.execute(
+                    text(
+                        "INSERT INTO whereupon_cursor (subscription, lane, page) VALUES (:name, :lane, "
+                        "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'whereupon_log'), 0))"
+                    ),
+                    [{"name": subscription.name, "lane": lane} for lane in range(subscription.lanes)],
                 )
 
-    def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> dict[UUID, int]:
+    def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
         values = [{**record._asdict(), "recorded_at": datetime.now(UTC)} for record in records]
         if positions:
-            rows = connection.execute(
-                insert(log).returning(log.c.event_id, log.c.position, sort_by_parameter_order=True), values
-            )
-            return {row.event_id: row.position for row in rows}
+            rows = connection.execute(insert(log).returning(log.c.position, sort_by_parameter_order=True), values)
+            return list(rows.scalars())
         connection.execute(insert(log), values)
-        return {}
+        return []
 
-    async def claim(self, names: Sequence[str], owner: UUID, lease: float) -> list[Cursor]:
-        free = (
-            cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner) | (cursor_table.c.lease_until < self.now)
+    # --- lanes ------------------------------------------------------------------------------------------------------
+
+    async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:
+        cursors = []
+        async with self.writing() as connection:
+            for lane in lanes:
+                alive = select(process.c.id).where(
+                    process.c.id == cursor_table.c.owner, process.c.lease_until > self.now
+                )
+                row = (
+                    await connection.execute(
+                        update(cursor_table)
+                        .where(
+                            *_mine(lane.key, lane.token),
+                            cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner) | ~alive.exists(),
+                        )
+                        .values(owner=owner, token=cursor_table.c.token + 1)
+                        .returning(cursor_table.c.token, cursor_table.c.page, text("done"))
+                    )
+                ).first()
+                if row is not None:
+                    cursors.append(Cursor(lane.key, row.token, row.page, set(json.loads(row.done))))
+            await self.load_exceptions(connection, cursors)
+        return cursors
+
+    async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        rows = await connection.execute(
+            select(exception.c.subscription, exception.c.generation, exception.c.lane, exception.c.position)
+            .join(
+                cursor_table,
+                (cursor_table.c.subscription == exception.c.subscription)
+                & (cursor_table.c.generation == exception.c.generation)
+                & (cursor_table.c.lane == exception.c.lane),
+            )
+            .where(exception.c.subscription.in_(names), exception.c.position > cursor_table.c.page)
         )
-        async with self.reading() as connection:  # asking first spares the write lock when there is nothing to take
-            found = await connection.scalars(
-                select(cursor_table.c.subscription).where(
-                    cursor_table.c.subscription.in_(names), ~cursor_table.c.paused, free
-                )
-            )
-            if not found.all():
-                return []
-        async with self.writing() as connection:
-            rows = await connection.execute(
-                update(cursor_table)
-                .where(cursor_table.c.subscription.in_(names), ~cursor_table.c.paused, free)
-                .values(owner=owner, token=cursor_table.c.token + 1, lease_until=self.later(lease))
-                .returning(
-                    cursor_table.c.subscription,
-                    cursor_table.c.lane,
-                    cursor_table.c.token,
-                    cursor_table.c.page,
-                    text("done"),
-                )
-            )
-            return [Cursor(row.subscription, row.lane, row.token, row.page, set(json.loads(row.done))) for row in rows]
+        return [tuple(row) for row in rows]
 
-    async def renew(self, cursors: Sequence[Cursor], owner: UUID, lease: float) -> list[Cursor]:
-        async with self.writing() as connection:
-            rows = await connection.execute(
-                update(cursor_table)
-                .where(
-                    cursor_table.c.owner == owner, cursor_table.c.subscription.in_([c.subscription for c in cursors])
-                )
-                .values(lease_until=self.later(lease))
-                .returning(cursor_table.c.subscription, cursor_table.c.lane, cursor_table.c.token)
-            )
-            renewed = {tuple(row) for row in rows}
-        return [cursor for cursor in cursors if (cursor.subscription, cursor.lane, cursor.token) not in renewed]
+    # --- reading ----------------------------------------------------------------------------------------------------
 
-    async def release(self, owner: UUID) -> None:
-        async with self.writing() as connection:
-            await connection.execute(
-                update(cursor_table).where(cursor_table.c.owner == owner).values(owner=None, lease_until=None)
-            )
-
-    async def read(self, cursor: Cursor, types: Sequence[str] | None, skip_ran: bool, limit: int) -> Page:
+    async def read(self, place: int, types: Sequence[str] | None, limit: int, toward: int | None = None) -> Page:
         query = (
             select(
                 log.c.position,
@@ -158,120 +180,157 @@ class SQLiteStore(Store):
                 # whoever repaired a row by hand may have left text, which the driver would not give as bytes
                 cast(log.c.payload, LargeBinary),
                 log.c.headers,
+                log.c["keys"],
+                cast(log.c.ran, Text),
                 log.c.recorded_at,
             )
-            .where(
-                log.c.position > cursor.place,
-                ~select(exception.c.id)
-                .where(exception.c.subscription == cursor.subscription, exception.c.position == log.c.position)
-                .exists(),
-            )
+            .where(log.c.position > place)
             .order_by(log.c.position)
             .limit(limit)
         )
         if types is not None:
             query = query.where(log.c.type.in_(types))
-        if skip_ran:
-            query = query.where(
-                text("NOT EXISTS (SELECT 1 FROM json_each(whereupon_log.ran) WHERE value = :me)").bindparams(
-                    me=cursor.subscription
-                )
-            )
+        if toward is not None:
+            query = query.where(log.c.position <= toward)
         async with self.reading() as connection:
-            last = await connection.scalar(select(func.max(log.c.position))) or cursor.place
+            last = toward
+            if last is None:
+                last = await connection.scalar(select(func.max(log.c.position))) or place
             rows = [Row(*row) for row in await connection.execute(query)]
-        complete = len(rows) < limit
+        ended = len(rows) < limit
         # an engine that reads outside transactions may have seen more rows than `last` says
-        after = max(cursor.place, last, rows[-1].position if rows else 0) if complete else rows[-1].position
-        return Page([row for row in rows if row.position not in cursor.done], after, complete)
+        after = max(place, last, rows[-1].position if rows else 0) if ended else rows[-1].position
+        return Page(rows, None, after, ended and toward is None)
 
-    async def pulse(self) -> bool:
+    def within(self, window: None, position: int) -> int:
+        return position
+
+    def is_later(self, place: int, other: int) -> bool:
+        return place > other
+
+    async def pulse(self, owner: UUID, names: Sequence[str]) -> Pulse:
         if self._pulse is None:
-            self._pulse = await self.engine.execution_options(whereupon_begins=True).connect()
+            self._pulse = await self.own.connect()
         try:
             # tells of commits through any other connection, in this process or another
             version = (await self._pulse.exec_driver_sql("PRAGMA data_version")).scalar()
             await self._pulse.rollback()  # within one transaction the answer stays the same
         except BaseException:
-            await self.close()
+            await self._end_pulse()
             raise
         changed = version != self._version
         self._version = version
-        return changed
+        if changed:
+            lane = (exception.c.subscription, exception.c.generation, exception.c.lane)
+            async with self.reading() as connection:
+                found = await connection.execute(
+                    select(*lane, func.min(exception.c.next_at))
+                    .where(exception.c.subscription.in_(names), exception.c.next_at.is_not(None))
+                    .group_by(*lane)
+                )
+                self._next_at = {LaneKey(*key): at for *key, at in found}
+        now = datetime.now(UTC)
+        return Pulse(changed, [key for key, at in self._next_at.items() if at <= now], changed)
 
-    async def close(self) -> None:
+    async def _end_pulse(self) -> None:
         pulse, self._pulse = self._pulse, None
         if pulse is not None:
             await pulse.close()
 
+    async def close(self) -> None:
+        await self._end_pulse()
+        await super().close()
+
+    # --- settling ---------------------------------------------------------------------------------------------------
+
+    async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
+        plain = [move for move in moves if not move.add and not move.drop]
+        held = {move.cursor.key for move in moves}
+        async with self.writing() as connection:
+            moved = 0
+            if plain:
+                moved = (await connection.execute(_MOVE_PLAINLY, [_moved(move) for move in plain])).rowcount
+            if moved != len(plain):  # some are lost: one by one tells which
+                plain = []
+            for move in moves:
+                if move not in plain and not (await connection.execute(_MOVE, _moved(move))).rowcount:
+                    held.discard(move.cursor.key)
+            await self.remember(connection, worker, remembered)
+        return held
+
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
-        held = await connection.execute(update(cursor_table).where(*_mine(cursor)).values(token=cursor_table.c.token))
+        held = await connection.execute(
+            update(cursor_table).where(*_mine(cursor.key, cursor.token)).values(token=cursor_table.c.token)
+        )
         if not held.rowcount:
             raise lost(cursor)
 
-    async def mark_done(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> None:
-        done = await connection.execute(
-            text(
-                "UPDATE whereupon_cursor SET done = (SELECT json_group_array(d.value) FROM (SELECT value FROM "
-                "json_each(whereupon_cursor.done) UNION SELECT value FROM json_each(:positions)) AS d) "
-                "WHERE subscription = :subscription AND lane = :lane AND token = :token"
-            ),
-            {**_key(cursor), "positions": json.dumps(list(positions))},
-        )
-        if not done.rowcount:
-            raise lost(cursor)
+    async def take_turn(self, connection: AsyncConnection, cursor: Cursor) -> None:
+        await self.fence(connection, cursor)
 
-    async def move(self, connection: AsyncConnection, cursor: Cursor, place: int, keep: Collection[int]) -> set[int]:
-        left = await connection.scalar(
-            text(
-                "UPDATE whereupon_cursor SET page = :page, done = (SELECT json_group_array(d.value) "
-                "FROM json_each(whereupon_cursor.done) AS d WHERE d.value > :page OR d.value IN :keep) "
-                "WHERE subscription = :subscription AND lane = :lane AND token = :token RETURNING done"
-            ).bindparams(bindparam("keep", expanding=True)),
-            {**_key(cursor), "page": place, "keep": list(keep)},
-        )
-        if left is None:
-            raise lost(cursor)
-        return set(json.loads(left))
+    async def move(
+        self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()
+    ) -> None:
+        if not (await connection.execute(_MOVE, _moved(move))).rowcount:
+            raise lost(move.cursor)
+        await self.remember(connection, worker, remembered)
 
     async def done_now(self, connection: AsyncConnection, cursor: Cursor) -> set[int]:
         done = await connection.scalar(
-            text("SELECT done FROM whereupon_cursor WHERE subscription = :subscription AND lane = :lane"),
-            {"subscription": cursor.subscription, "lane": cursor.lane},
+            text(
+                "SELECT done FROM whereupon_cursor "
+                "WHERE subscription = :subscription AND generation = :generation AND lane = :lane"
+            ),
+            cursor.key._asdict(),
         )
         return set(json.loads(done or "[]"))
 
-    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool, bool]]:
+    # --- what became of events --------------------------------------------------------------------------------------
+
+    async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
         query = text(
-            "SELECT l.event_id, l.type, l.position, l.ran, c.subscription, "
+            "SELECT l.event_id, l.type, l.position, l.keys, l.ran, c.subscription, c.lane, s.lanes, s.ordered_by, "
             "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past, "
-            "l.recorded_at < c.created_at AS older "
-            "FROM whereupon_log l CROSS JOIN whereupon_cursor c WHERE l.event_id IN :ids "
-            "ORDER BY l.position, c.subscription"
+            "l.recorded_at < s.created_at AS older "
+            "FROM whereupon_log l CROSS JOIN whereupon_cursor c "
+            "JOIN whereupon_subscription s ON s.name = c.subscription "
+            "WHERE l.event_id IN :ids AND c.generation = 0 ORDER BY l.position, c.subscription, c.lane"
         ).bindparams(bindparam("ids", expanding=True))
         async with self.reading() as connection:
             rows = await connection.execute(query, {"ids": [event_id.hex for event_id in event_ids]})
             return [
-                (
-                    UUID(row.event_id),
-                    row.type,
-                    row.position,
-                    json.loads(row.ran or "[]"),
-                    row.subscription,
-                    bool(row.past),
-                    bool(row.older),
+                Passed(
+                    UUID(row.event_id), row.type, row.position, row.keys,
+                    [] if row.ran is None else msgspec.json.decode(row.ran, type=list[str]),
+                    row.subscription, row.lane, row.lanes, row.ordered_by, bool(row.past), bool(row.older),
                 )
                 for row in rows
-            ]
+            ]  # fmt: skip
 
 
-def _mine(cursor: Cursor) -> tuple[Any, ...]:
+_AT = "WHERE subscription = :subscription AND generation = :generation AND lane = :lane AND token = :token"
+_MOVE_PLAINLY: Final = text(f"UPDATE whereupon_cursor SET page = :page {_AT}")
+_MOVE: Final = text(
+    "UPDATE whereupon_cursor SET page = :page, done = (SELECT json_group_array(d.value) FROM (SELECT value FROM "
+    "json_each(whereupon_cursor.done) UNION SELECT value FROM json_each(:add)) AS d "
+    f"WHERE d.value NOT IN (SELECT value FROM json_each(:drop))) {_AT}"
+)
+
+
+def _moved(move: Move) -> dict[str, Any]:
+    return {
+        **move.cursor.key._asdict(),
+        "token": move.cursor.token,
+        "page": move.place,
+        "add": json.dumps(move.add),
+        "drop": json.dumps(move.drop),
+    }
+
+
+def _mine(key: LaneKey, token: int) -> tuple[Any, ...]:
     return (
-        cursor_table.c.subscription == cursor.subscription,
-        cursor_table.c.lane == cursor.lane,
-        cursor_table.c.token == cursor.token,
+        cursor_table.c.subscription == key.subscription,
+        cursor_table.c.generation == key.generation,
+        cursor_table.c.lane == key.lane,
+        cursor_table.c.token == token,
     )
-
-
-def _key(cursor: Cursor) -> dict[str, Any]:
-    return {"subscription": cursor.subscription, "lane": cursor.lane, "token": cursor.token}

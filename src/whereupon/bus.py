@@ -14,6 +14,7 @@ from whereupon.errors import EventDefinitionError, PublishError
 from whereupon.event import DomainEvent, EventType, event_class
 from whereupon.logs import Logger, logger_of
 from whereupon.subscription import (
+    DEFAULT_LANES,
     DEFAULT_TIMEOUT,
     Delivery,
     Handler,
@@ -77,6 +78,10 @@ class EventBusProtocol(Protocol):
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
+        ordered_by: str | None = None,
+        lanes: int = DEFAULT_LANES,
+        batch: int = 1,
+        rate: float | None = None,
     ) -> None: ...
 
     @overload
@@ -91,6 +96,10 @@ class EventBusProtocol(Protocol):
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
+        ordered_by: str | None = None,
+        lanes: int = DEFAULT_LANES,
+        batch: int = 1,
+        rate: float | None = None,
     ) -> Subscriber[E]: ...
 
     def register(self, handlers: object, /, **options: Any) -> None: ...
@@ -130,6 +139,10 @@ class Subscribing:
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
+        ordered_by: str | None = None,
+        lanes: int = DEFAULT_LANES,
+        batch: int = 1,
+        rate: float | None = None,
     ) -> None: ...
 
     @overload
@@ -144,6 +157,10 @@ class Subscribing:
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
+        ordered_by: str | None = None,
+        lanes: int = DEFAULT_LANES,
+        batch: int = 1,
+        rate: float | None = None,
     ) -> Subscriber[E]: ...
 
     def subscribe(
@@ -154,7 +171,10 @@ class Subscribing:
         Without a handler it is a decorator. `name` is what progress is stored under (default: the handler's own name),
         `delivery` how it is served, `retry` when a failure is tried again, `timeout` the seconds one call may take,
         `concurrency` how many calls run at once in one process; `required` makes a failure IN_TRANSACTION raise to the
-        publisher. Raises `SubscriptionError` for a handler that could not be called.
+        publisher. `ordered_by` names a field: events with equal values are delivered one at a time, in the order of
+        publishing. `lanes` is into how many shares the subscription is split when it is first registered, so how many
+        workers can share its load; `batch` how many deliveries may share one transaction; `rate` how many there are a
+        second, by all workers together. Raises `SubscriptionError` for a handler that could not be called.
         """
         if handler is _Missing.HANDLER:
 

@@ -164,7 +164,10 @@ def _sorted(items: dict[Any, Any]) -> list[tuple[Any, Any]]:
 
 def _problem_of(event: DomainEvent, names: tuple[str, ...]) -> str | None:
     for name in names:
-        problem = _problem(getattr(event, name))
+        value = getattr(event, name)
+        if type(value) is datetime and value.tzinfo is UTC:  # as every one that was read from the log
+            continue
+        problem = _problem(value)
         if problem is not None:
             return f"{name} is {problem}"
     return None

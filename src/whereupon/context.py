@@ -176,11 +176,12 @@ class EventContext:
         return bind(event_id=str(self.event_id), subscription=self.subscription, attempt=self.attempt)
 
 
+_FIELDS: Final = tuple(f.name for f in dataclasses.fields(Metadata))
+
+
 def encode_metadata(metadata: Metadata) -> str:
     """JSON; of text that is no Unicode the offending characters are replaced: they must not cost an event."""
-    values = {
-        f.name: value for f in dataclasses.fields(metadata) if (value := getattr(metadata, f.name)) not in (None, {})
-    }
+    values = {name: value for name in _FIELDS if (value := getattr(metadata, name)) not in (None, {})}
     try:
         return msgspec.json.encode(values, enc_hook=str).decode()
     except UnicodeEncodeError:

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import URL, Connection, Engine, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -44,9 +45,22 @@ from whereupon.errors import (
     UnsupportedDatabaseError,
 )
 from whereupon.event import DomainEvent, event_class
+from whereupon.lane import key_of
 from whereupon.logs import message_of, trace_of
 from whereupon.memory import session_required
-from whereupon.store import DEAD, OPEN, RETRYING, SKIPPED, DeliveryState, Failure, Record, Row, Store
+from whereupon.store import (
+    DEAD,
+    OPEN,
+    RETRYING,
+    SKIPPED,
+    DeliveryState,
+    Failure,
+    LaneKey,
+    Record,
+    Row,
+    Store,
+    lane_of,
+)
 from whereupon.subscription import Delivery, Subscription
 from whereupon.worker import Worker
 
@@ -67,6 +81,8 @@ class _Staged:
     context: Context
     ran: list[str] = field(default_factory=list)
     """The IN_TRANSACTION subscriptions that need no delivery from the log."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """The values of the fields that subscriptions order by."""
     failures: list[tuple[Subscription, BaseException]] = field(default_factory=list)
     records: list[tuple[Recorder, Any]] = field(default_factory=list)
     """What is written together with the log."""
@@ -148,6 +164,8 @@ class EventBus(Subscribing):
         self._drain_timeout = drain_timeout
         self._create_tables = sqlite if create_tables is None else create_tables
         self._registered: set[str] = set()
+        self._lanes: dict[str, int] = {}
+        """How many lanes each registered subscription has."""
         self._prepared = False
         self._preparing: asyncio.Lock | None = None
         self._loop: AbstractEventLoop | None = None
@@ -288,20 +306,22 @@ class EventBus(Subscribing):
                 self._database_id = await self._store.database_id()
                 self._prepared = True
             if any(s.name not in self._registered for s in registering):
-                await self._store.register(registering)
+                self._lanes = await self._store.register(registering)
             self._registered = {s.name for s in self.subscriptions}
 
     async def _must_write(self, names: set[str]) -> bool:
         if await self._store.revision() != schema.REVISION:
             return True
         async with self._store.reading() as connection:
-            return not names <= set(await connection.scalars(select(schema.cursor.c.subscription)))
+            return not names <= set(await connection.scalars(select(schema.subscription.c.name)))
 
     def _staged(self, event: DomainEvent, metadata: Metadata) -> _Staged:
         context = copy_context()
         context.run(handling.set, (event.event_id, metadata))
         staged = _Staged(event, metadata, self._codec.encode(event), encode_metadata(metadata), context)
         for subscription in self.subscriptions.hearing(type(event)):
+            if subscription.ordered_by is not None:
+                staged.keys[subscription.ordered_by] = key_of(event, subscription.ordered_by)
             if subscription.recorder is not None:
                 staged.ran.append(subscription.name)
                 record = subscription.recorder.prepare(event, metadata)
@@ -342,6 +362,7 @@ class EventBus(Subscribing):
                 raise error
             self._failed(subscription, item.event, error)
         item.failures.append((subscription, error))
+        item.ran.append(subscription.name)  # what becomes of it is an exception's matter
 
     def _connect(self, session: Session) -> Connection:
         connection = _staging.connection_of(session)
@@ -381,6 +402,7 @@ class EventBus(Subscribing):
                 type(item.event).__event__.version,
                 item.payload,
                 item.headers,
+                msgspec.json.encode(item.keys).decode() if item.keys else None,
                 item.ran or None,
             )
             for item in staged
@@ -395,17 +417,14 @@ class EventBus(Subscribing):
             recorder.record(connection, of_it)
         if failed:
             now = self._store.later(0)
-            self._store.append_failures(
-                connection,
-                [
-                    (
-                        subscription.name,
-                        self._failure(Row(positions[record.event_id], *record[:5], now), subscription, error),
-                    )
-                    for item, record in zip(staged, records, strict=True)
-                    for subscription, error in item.failures
-                ],
-            )
+            failures = []
+            for item, record, position in zip(staged, records, positions, strict=True):
+                row = Row(position, *record[:6], None, now)
+                for subscription, error in item.failures:
+                    lane = lane_of(None, position, self._lanes[subscription.name])
+                    key = LaneKey(subscription.name, 0, lane)
+                    failures.append((key, self._failure(row, subscription, error)))
+            self._store.append_failures(connection, failures)
 
     @staticmethod
     def _failure(row: Row, subscription: Subscription, error: BaseException) -> Failure:
@@ -484,6 +503,7 @@ class EventBus(Subscribing):
         return Worker(
             self._store,
             [s for s in self.subscriptions if s.delivery is not Delivery.AFTER_COMMIT],
+            lanes=self._lanes,
             codec=self._codec,
             class_of=self.class_of,
             logger=self.logger,
@@ -500,13 +520,15 @@ class EventBus(Subscribing):
         self._check_loop()
         try:
             await self._ready()
+            if self._deliver if deliver is None else deliver:
+                worker = self.make_worker()
+                with self._store.reaching():
+                    await worker.start()
+                self._worker = worker
         except BaseException:
             await self._let_go()
             raise
         self._entered = True
-        if self._deliver if deliver is None else deliver:
-            self._worker = self.make_worker()
-            self._worker.start()
 
     async def close(self, *, drain: bool = True) -> None:
         """Deliver what is due, at most `drain_timeout` seconds, stop, and give connections back.

@@ -87,21 +87,42 @@ log = Table(
     Column("version", Integer, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     Column("headers", Text, nullable=False),
+    Column("keys", Text),
     Column("ran", _Json),
     Column("recorded_at", UTCDateTime, nullable=False),
+)
+
+process = Table(
+    "whereupon_process",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("lease_until", UTCDateTime, nullable=False),
+    Column("in_flight", Integer, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("serves", Text, nullable=False, server_default="[]"),
+    Column("started_at", UTCDateTime, nullable=False),
+)
+
+subscription = Table(
+    "whereupon_subscription",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("lanes", SmallInteger, nullable=False),
+    Column("ordered_by", Text),
+    Column("paused", Boolean, nullable=False),
+    Column("created_at", UTCDateTime, nullable=False),
 )
 
 cursor = Table(
     "whereupon_cursor",
     metadata,
     Column("subscription", Text, primary_key=True),
+    Column("generation", Integer, primary_key=True),
     Column("lane", SmallInteger, primary_key=True),
     Column("page", _Big, nullable=False),
     Column("owner", Uuid),
-    Column("lease_until", UTCDateTime),
     Column("token", _Big, nullable=False),
-    Column("paused", Boolean, nullable=False),
-    Column("created_at", UTCDateTime, nullable=False),
 )
 
 exception = Table(
@@ -109,6 +130,7 @@ exception = Table(
     metadata,
     Column("id", _Big, primary_key=True),
     Column("subscription", Text, nullable=False),
+    Column("generation", Integer, nullable=False),
     Column("lane", SmallInteger, nullable=False),
     Column("position", _Big, nullable=False),
     Column("event_id", Uuid, nullable=False),
@@ -116,8 +138,11 @@ exception = Table(
     Column("version", Integer, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     Column("headers", Text, nullable=False),
+    Column("keys", Text),
+    Column("key", Text),
     Column("state", String(20), nullable=False),
     Column("attempts", Integer, nullable=False),
+    Column("alone", Boolean, nullable=False),
     Column("next_at", UTCDateTime),
     Column("error_type", Text),
     Column("error_message", Text),
@@ -131,6 +156,7 @@ history = Table(
     metadata,
     Column("id", _Big, primary_key=True),
     Column("subscription", Text, nullable=False),
+    Column("generation", Integer, nullable=False),
     Column("worker", Uuid, nullable=False),
     Column("first_position", _Big, nullable=False),
     Column("last_position", _Big, nullable=False),

@@ -1,14 +1,16 @@
 """What a database does for the bus: keep the log, the cursors over it, and the exceptions.
 
-A subscription is a cursor over the log. What a cursor has passed is settled or has a row among the exceptions; of what
-lies beyond it, `done` names the positions that are settled already. A cursor belongs to one worker at a time, by a
-lease; its token grows with every change of owner, and every write for a subscription names the token it was made under.
-No such row, no commit: a worker that lost its lease can't move a cursor or settle a delivery.
+A subscription is a cursor over the log, or several, its *lanes*, each with a share of the events. What a cursor has
+passed is settled or has a row among the exceptions; of what lies beyond it, `done` names the positions that are settled
+already. A cursor belongs to one process at a time; its token grows with every change of owner, and every write for a
+lane names the token it was made under. No such row, no commit: a worker that lost a lane can't move its cursor or
+settle a delivery of it.
 """
 
 from __future__ import annotations
 
 import abc
+import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -17,18 +19,23 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
 from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost
-from whereupon.schema import exception, history, without_nul
+from whereupon.schema import cursor as cursor_table
+from whereupon.schema import exception, history, process, without_nul
+from whereupon.schema import subscription as subscription_table
 from whereupon.subscription import Subscription
 
-RUNNING, RETRYING, WAITING, DEAD, SKIPPED = "running", "retrying", "waiting", "dead", "skipped"
-OPEN = (RUNNING, RETRYING, WAITING)
+RUNNING, RETRYING, WAITING, PARKED, DEAD, SKIPPED = "running", "retrying", "waiting", "parked", "dead", "skipped"
+OPEN = (RUNNING, RETRYING, WAITING, PARKED)
 """States of an exception that is not settled."""
+BLOCKING = (*OPEN, DEAD)
+"""States in which an exception makes later deliveries of its key wait."""
 
 
 class Record(NamedTuple):
@@ -39,11 +46,13 @@ class Record(NamedTuple):
     version: int
     payload: bytes
     headers: str
+    keys: str | None
+    """The values of the fields that subscriptions order by, as a JSON object of texts."""
     ran: list[str] | None
     """The IN_TRANSACTION subscriptions that need no delivery from the log."""
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, gc=False, frozen=True):
     """An event as the log, or a copy of it among the exceptions, holds it."""
 
     position: int
@@ -52,37 +61,102 @@ class Row(NamedTuple):
     version: int
     payload: bytes
     headers: str
+    keys: str | None
+    ran: str | None
+    """The IN_TRANSACTION subscriptions that need no delivery from the log, as a JSON array."""
     recorded_at: datetime
 
 
 class Due(NamedTuple):
-    """An exception whose time has come, its next attempt counted."""
+    """An exception whose time has come."""
 
     row: Row
     attempt: int
+    """The attempt that is to be made now; recorded already, unless it was interrupted."""
     interrupted: bool
     """Whether its last attempt was begun and never ended: the worker that ran it is gone."""
+    alone: bool
+    """Whether that attempt was the only one that ran in its process, so that it is to blame."""
+    key: str | None
+
+
+class LaneKey(NamedTuple):
+    subscription: str
+    generation: int
+    lane: int
+
+
+class LaneState(NamedTuple):
+    """A lane as all workers see it."""
+
+    key: LaneKey
+    token: int
+    owner: UUID | None
+    alive: bool
+    """Whether the owner's lease has not run out."""
+    in_flight: int | None
+    """How many deliveries the owner may have had in flight, if its process is still known."""
+    paused: bool
+
+
+class Layout(NamedTuple):
+    lanes: list[LaneState]
+    workers: list[tuple[UUID, list[str]]]
+    """The workers whose leases have not run out, with the subscriptions that they serve."""
+
+
+class Pulse(NamedTuple):
+    """What one look at the database tells."""
+
+    grown: bool
+    """Whether the log may have grown since the last one."""
+    due: list[LaneKey]
+    """Lanes of which the time of some exception has come."""
+    restless: bool
+    """Whether lanes are free, are to be given up, or workers came or went."""
 
 
 @dataclass(slots=True)
 class Cursor:
-    """A subscription's place in the log, held by this worker under `token`."""
+    """A lane's place in the log, held by this worker under `token`."""
 
-    subscription: str
-    lane: int
+    key: LaneKey
     token: int
     place: Any
     """How far it is settled: a position, or a snapshot with a page; the store's own."""
     done: set[int] = field(default_factory=set)
     """Positions beyond `place` that are settled."""
+    exceptions: set[int] = field(default_factory=set)
+    """Positions beyond `place` that are among the exceptions."""
+    blocked: dict[str, int] = field(default_factory=dict)
+    """How many exceptions each key has that make later deliveries of it wait."""
+
+    @property
+    def subscription(self) -> str:
+        return self.key.subscription
 
 
 class Page(NamedTuple):
+    """What was read of the log at once."""
+
     rows: list[Row]
+    window: Any
+    """What it is a part of, for `Store.within`."""
     after: Any
-    """The cursor's place once all these are settled."""
+    """A cursor's place once all these are settled."""
     complete: bool
     """Whether nothing more was visible."""
+
+
+class Move(NamedTuple):
+    """How a cursor is to change."""
+
+    cursor: Cursor
+    place: Any
+    add: list[int]
+    """Positions beyond the place that are settled now."""
+    drop: list[int]
+    """Positions in `done` that the place has passed."""
 
 
 class Failure(NamedTuple):
@@ -96,17 +170,32 @@ class Failure(NamedTuple):
     error_type: str | None = None
     error_message: str | None = None
     traceback: str | None = None
+    key: str | None = None
+    alone: bool = False
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, gc=False, frozen=True, array_like=True):
     """One call of a handler, for the history."""
 
     position: int
-    event_id: UUID
-    started_at: datetime
-    seconds: float
+    started_at: int
+    """Microseconds since 1970, UTC."""
+    microseconds: int
     attempt: int
     outcome: str
+
+
+class Remembered(NamedTuple):
+    """Calls of one subscription's handler, to be kept as a row of the history."""
+
+    subscription: str
+    generation: int
+    entries: list[Entry]
+
+
+def lane_of(key: str | None, position: int, lanes: int) -> int:
+    """Which lane of a subscription has this event: equal keys share one. CRC-32, for its being the same everywhere."""
+    return (position if key is None else zlib.crc32(key.encode("utf-8", "surrogatepass"))) % lanes
 
 
 class DeliveryState(NamedTuple):
@@ -123,6 +212,36 @@ class DeliveryState(NamedTuple):
     error: str | None
 
 
+class Passed(NamedTuple):
+    """What is known of one event on one lane of one subscription."""
+
+    event_id: UUID
+    type: str
+    position: int
+    keys: str | None
+    ran: list[str]
+    subscription: str
+    lane: int
+    lanes: int
+    ordered_by: str | None
+    past: bool
+    """Whether the lane's cursor is past it, or has it among what is done."""
+    older: bool
+    """Whether the event was written before the subscription was registered."""
+
+    def own_lane(self) -> int | None:
+        """The lane that the event belongs to, or None if only a worker that decodes it can tell."""
+        if self.ordered_by is None:
+            return lane_of(None, self.position, self.lanes)
+        key = key_in(self.keys, self.ordered_by)
+        return None if key is None else lane_of(key, self.position, self.lanes)
+
+
+def key_in(keys: str | None, ordered_by: str) -> str | None:
+    """The stored value of the field that a subscription orders by, or None if the publisher stored none."""
+    return None if keys is None else msgspec.json.decode(keys, type=dict[str, str]).get(ordered_by)
+
+
 class Store(abc.ABC):
     """One database. Statements that both databases share are here; how a place in the log works is the subclass's."""
 
@@ -135,19 +254,31 @@ class Store(abc.ABC):
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self._sibling: AsyncEngine | None = None
+        self.use(engine)
         self.shown_url = engine.url.render_as_string(hide_password=True)
+
+    def use(self, engine: AsyncEngine) -> None:
+        """Take connections for the bus's own statements from this engine."""
+        self.own = engine
+
+    def separate(self) -> None:
+        """Have a pool apart until `close`: handlers that hold every connection of the application's stop no worker."""
+        if self._sibling is None:
+            self._sibling = sibling(self.engine)
+            self.use(self._sibling)
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        async with self.engine.connect() as connection:
+        async with self.own.connect() as connection:
             yield connection
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction of the worker's own; committed at the end of the block."""
-        async with self.engine.begin() as connection:
+        async with self.own.begin() as connection:
             yield connection
 
     async def prepare(self, *, create: bool) -> None:
@@ -167,8 +298,12 @@ class Store(abc.ABC):
             async with self.reading() as connection:
                 return await connection.run_sync(schema.revision_of)
 
-    async def close(self) -> None:  # noqa: B027
-        """Give back connections that the store keeps for itself."""
+    async def close(self) -> None:
+        """Give back the connections that the store has for itself."""
+        apart, self._sibling = self._sibling, None
+        if apart is not None:
+            self.use(self.engine)
+            await apart.dispose()
 
     async def create_tables(self) -> None:
         with self.reaching():
@@ -202,9 +337,9 @@ class Store(abc.ABC):
 
     @property
     def connections_for_handlers(self) -> int:
-        """How many of the pool's connections handlers may hold at once; two are left to the worker itself."""
+        """How many of the pool's connections handlers may hold at once."""
         size = getattr(self.engine.pool, "size", None)
-        return max(1, size() - 2) if size is not None else 10
+        return max(1, size()) if size is not None else 10
 
     async def database_id(self, connection: AsyncConnection | None = None) -> str:
         statement = select(schema.meta.c.value).where(schema.meta.c.key == "database_id")
@@ -217,27 +352,33 @@ class Store(abc.ABC):
     # --- publishing -------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    async def register(self, subscriptions: Iterable[Subscription]) -> None:
-        """Make a cursor, from now, for each subscription that has none, in a committed transaction of its own."""
+    async def register(self, subscriptions: Iterable[Subscription]) -> dict[str, int]:
+        """Make the lanes of each subscription that has none, from now, in a committed transaction of its own.
+
+        Returns how many lanes each of them has.
+        """
 
     @abc.abstractmethod
-    def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> dict[UUID, int]:
+    def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
         """Write events into the log, in order, with one statement; return their positions if asked for."""
 
-    def append_failures(self, connection: Connection, failures: Sequence[tuple[str, Failure]]) -> None:
-        connection.execute(insert(exception), [self._exception(name, 0, failure) for name, failure in failures])
+    def append_failures(self, connection: Connection, failures: Sequence[tuple[LaneKey, Failure]]) -> None:
+        connection.execute(insert(exception), [self._exception(key, failure) for key, failure in failures])
 
-    def _exception(self, subscription: str, lane: int, failure: Failure) -> dict[str, Any]:
+    def _exception(self, key: LaneKey, failure: Failure) -> dict[str, Any]:
         row = failure.row
         return {
-            "subscription": subscription,
-            "lane": lane,
+            "subscription": key.subscription,
+            "generation": key.generation,
+            "lane": key.lane,
             "position": row.position,
             "event_id": row.event_id,
             "type": row.type,
             "version": row.version,
             "payload": row.payload,
             "headers": row.headers,
+            "keys": row.keys,
+            "key": failure.key,
             "recorded_at": row.recorded_at,
             **self._changes(failure),
         }
@@ -246,6 +387,7 @@ class Store(abc.ABC):
         return {
             "state": failure.state,
             "attempts": failure.attempts,
+            "alone": failure.alone,
             "next_at": None if failure.next_in is None else self.later(failure.next_in),
             "error_type": without_nul(failure.error_type),
             "error_message": without_nul(failure.error_message),
@@ -260,103 +402,191 @@ class Store(abc.ABC):
     clock_offset: timedelta = timedelta(0)
     """How far the database's clock is ahead of this machine's."""
 
-    # --- leases -----------------------------------------------------------------------------------------------------
+    # --- lanes ------------------------------------------------------------------------------------------------------
+
+    async def layout(self, names: Collection[str]) -> Layout:
+        """The lanes of these subscriptions, and the workers that there are."""
+        alive = and_(process.c.id == cursor_table.c.owner, process.c.lease_until > self.now)
+        async with self.reading() as connection:
+            lanes = await connection.execute(
+                select(
+                    cursor_table.c.subscription,
+                    cursor_table.c.generation,
+                    cursor_table.c.lane,
+                    cursor_table.c.token,
+                    cursor_table.c.owner,
+                    alive.label("alive"),
+                    process.c.in_flight,
+                    subscription_table.c.paused,
+                )
+                .select_from(
+                    cursor_table.join(
+                        subscription_table, subscription_table.c.name == cursor_table.c.subscription
+                    ).outerjoin(process, process.c.id == cursor_table.c.owner)
+                )
+                .where(cursor_table.c.subscription.in_(names))
+                .order_by(cursor_table.c.subscription, cursor_table.c.generation, cursor_table.c.lane)
+            )
+            workers = await connection.execute(
+                select(process.c.id, process.c.serves)
+                .where(process.c.in_flight > 0, process.c.lease_until > self.now)
+                .order_by(process.c.id)
+            )
+            return Layout(
+                [
+                    LaneState(LaneKey(*row[:3]), row.token, row.owner, bool(row.alive), row.in_flight, bool(row.paused))
+                    for row in lanes
+                ],
+                [(row.id, msgspec.json.decode(row.serves, type=list[str])) for row in workers],
+            )
 
     @abc.abstractmethod
-    async def claim(self, names: Sequence[str], owner: UUID, lease: float) -> list[Cursor]:
-        """Take, for `lease` seconds, the cursors of these subscriptions that nobody else holds."""
+    async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:
+        """Take those of these lanes that are still as they were seen, and nobody's; tell where they stand."""
 
-    @abc.abstractmethod
-    async def renew(self, cursors: Sequence[Cursor], owner: UUID, lease: float) -> list[Cursor]:
-        """Extend leases; return the cursors that are no longer this worker's."""
+    async def release(self, owner: UUID, lanes: Sequence[LaneKey] | None = None) -> None:
+        """Give lanes of a worker (None: all) back, so that another need not wait for its lease to run out."""
+        async with self.writing() as connection:
+            mine = cursor_table.c.owner == owner
+            for key in [None] if lanes is None else lanes:
+                await connection.execute(
+                    update(cursor_table)
+                    .where(mine if key is None else mine & _at(cursor_table, key))
+                    .values(owner=None)
+                )
 
-    @abc.abstractmethod
-    async def release(self, owner: UUID) -> None:
-        """Give all leases of a worker back, so that another need not wait for them to run out."""
+    async def serve(self, owner: UUID, names: Sequence[str]) -> None:
+        """Tell the other workers which subscriptions this one serves."""
+        async with self.writing() as connection:
+            await connection.execute(
+                update(process).where(process.c.id == owner).values(serves=msgspec.json.encode(sorted(names)).decode())
+            )
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    async def read(self, cursor: Cursor, types: Sequence[str] | None, skip_ran: bool, limit: int) -> Page:
-        """The next events of these types (None: all) that are neither settled nor among the exceptions, in order."""
+    async def read(self, place: Any, types: Sequence[str] | None, limit: int, toward: Any = None) -> Page:
+        """The next events of these types (None: all) after a place, in order; none beyond the place `toward`."""
 
     @abc.abstractmethod
-    async def pulse(self) -> bool:
-        """Whether the log may have grown since the last pulse; one cheap statement."""
+    def within(self, window: Any, position: int) -> Any:
+        """The place in the midst of a window at which everything up to this position is settled."""
 
-    async def due(self, cursor: Cursor, running: Collection[int], limit: int) -> list[Due]:
+    @abc.abstractmethod
+    def is_later(self, place: Any, other: Any) -> bool:
+        """Whether a place is further than another, in whole windows."""
+
+    @abc.abstractmethod
+    async def pulse(self, owner: UUID, names: Sequence[str]) -> Pulse:
+        """What has changed since the last pulse, for a worker that serves these; one cheap statement."""
+
+    async def due(self, connection: AsyncConnection, cursor: Cursor, active: Collection[int], limit: int) -> list[Due]:
         """Exceptions to be tried now; the attempt is recorded before it starts, under the cursor's token.
 
-        One that is marked as running, but at none of the positions that the caller runs, was interrupted.
+        One that is marked as running, but at none of the positions that are `active` here, was interrupted: for that
+        nothing is recorded yet.
         """
-        async with self.writing() as connection:
-            await self.fence(connection, cursor)
-            found = await connection.execute(
-                select(exception)
-                .where(
-                    exception.c.subscription == cursor.subscription,
-                    exception.c.lane == cursor.lane,
-                    exception.c.position.not_in(running),
-                    or_(
-                        exception.c.state.in_([RETRYING, WAITING]) & (exception.c.next_at <= self.now),
-                        exception.c.state == RUNNING,
-                    ),
-                )
-                .order_by(exception.c.next_at, exception.c.id)
-                .limit(limit)
+        await self.fence(connection, cursor)
+        found = await connection.execute(
+            select(exception)
+            .where(
+                _at(exception, cursor.key),
+                exception.c.position.not_in(active),
+                or_(
+                    exception.c.state.in_([RETRYING, WAITING]) & (exception.c.next_at <= self.now),
+                    exception.c.state == RUNNING,
+                ),
             )
-            rows = found.all()
-            if rows:
-                await connection.execute(
-                    update(exception)
-                    .where(exception.c.id.in_([row.id for row in rows]))
-                    .values(state=RUNNING, attempts=exception.c.attempts + 1, next_at=None, updated_at=self.now)
+            .order_by(exception.c.next_at, exception.c.id)
+            .limit(limit)
+        )
+        rows = found.all()
+        begun = [row.id for row in rows if row.state != RUNNING]
+        if begun:
+            await connection.execute(
+                update(exception)
+                .where(exception.c.id.in_(begun))
+                .values(
+                    state=RUNNING, attempts=exception.c.attempts + 1, alone=False, next_at=None, updated_at=self.now
                 )
+            )
         return [
             Due(
-                Row(row.position, row.event_id, row.type, row.version, row.payload, row.headers, row.recorded_at),
-                row.attempts + 1,
+                Row(
+                    row.position, row.event_id, row.type, row.version, row.payload, row.headers, row.keys, None,
+                    row.recorded_at,
+                ),
+                row.attempts + (row.state != RUNNING or row.alone),
                 row.state == RUNNING,
+                bool(row.alone),
+                row.key,
             )
             for row in rows
-        ]
+        ]  # fmt: skip
 
-    async def next_due(self, cursor: Cursor) -> float | None:
-        """Seconds until the first exception is due, or None if none will be."""
+    async def next_due(self, cursors: Sequence[Cursor]) -> float | None:
+        """Seconds until the first exception of these lanes is due, or None if none will be."""
+        names = {cursor.subscription for cursor in cursors}
+        held = {cursor.key for cursor in cursors}
         async with self.reading() as connection:
-            at, now = (
-                await connection.execute(
-                    select(
-                        select(func.min(exception.c.next_at))
-                        .where(
-                            exception.c.subscription == cursor.subscription,
-                            exception.c.lane == cursor.lane,
-                            exception.c.state.in_([RETRYING, WAITING]),
-                        )
-                        .scalar_subquery(),
-                        self.now_as_time,
-                    )
+            found = await connection.execute(
+                select(
+                    exception.c.subscription,
+                    exception.c.generation,
+                    exception.c.lane,
+                    func.min(exception.c.next_at),
+                    self.now_as_time,
                 )
-            ).one()
-        return None if at is None else max(0.0, (at - now).total_seconds())
+                .where(exception.c.subscription.in_(names), exception.c.state.in_([RETRYING, WAITING]))
+                .group_by(exception.c.subscription, exception.c.generation, exception.c.lane)
+            )
+            waits = [(at - now).total_seconds() for *key, at, now in found if LaneKey(*key) in held and at is not None]
+        return max(0.0, min(waits)) if waits else None
 
     now_as_time: Any
 
+    async def load_exceptions(self, connection: AsyncConnection, cursors: Sequence[Cursor]) -> None:
+        """Fill in, for lanes just claimed, which keys are blocked and which exceptions lie beyond their places."""
+        if not cursors:
+            return
+        by_key = {cursor.key: cursor for cursor in cursors}
+        names = sorted({cursor.subscription for cursor in cursors})
+        found = await connection.execute(
+            select(exception.c.subscription, exception.c.generation, exception.c.lane, exception.c.key, func.count())
+            .where(exception.c.subscription.in_(names), exception.c.key.is_not(None), exception.c.state.in_(BLOCKING))
+            .group_by(exception.c.subscription, exception.c.generation, exception.c.lane, exception.c.key)
+        )
+        for *lane, key, number in found:
+            if (cursor := by_key.get(LaneKey(*lane))) is not None:
+                cursor.blocked[key] = number
+        for *lane, position in await self._exceptions_beyond(connection, names):
+            if (cursor := by_key.get(LaneKey(*lane))) is not None:
+                cursor.exceptions.add(position)
+
+    @abc.abstractmethod
+    async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Subscription, generation, lane and position of the exceptions that lie beyond their cursors."""
+
     # --- settling ---------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
+        """Move cursors and keep the history of it, in one transaction; return those that were still held."""
 
     @abc.abstractmethod
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
         """Lock the cursor's row for this transaction, under its token. Raises `LeaseLost`."""
 
-    @abc.abstractmethod
-    async def mark_done(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> None:
-        """Record positions as settled, under the token. Raises `LeaseLost`."""
+    async def take_turn(self, connection: AsyncConnection, cursor: Cursor) -> None:  # noqa: B027
+        """Before a handler's transaction is settled: wait for the database's lock, where all writers share one."""
 
     @abc.abstractmethod
-    async def move(self, connection: AsyncConnection, cursor: Cursor, place: Any, keep: Collection[int]) -> set[int]:
-        """Move the cursor, under the token, and return what is left of `done`. Raises `LeaseLost`.
+    async def move(
+        self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()
+    ) -> None:
+        """Move a cursor, under its token, and keep the history of that. Raises `LeaseLost`.
 
-        Positions that the cursor has passed leave `done`, but for those in `keep`.
+        On PostgreSQL a session that then idles in the transaction, with the row locked, is ended by the server.
         """
 
     @abc.abstractmethod
@@ -370,44 +600,78 @@ class Store(abc.ABC):
         statement = self.upsert(exception)
         changed = {name: statement.excluded[name] for name in self._changes(failures[0])}
         await connection.execute(
-            statement.on_conflict_do_update(index_elements=["subscription", "position"], set_=changed),
-            [self._exception(cursor.subscription, cursor.lane, failure) for failure in failures],
+            statement.on_conflict_do_update(index_elements=["subscription", "generation", "position"], set_=changed),
+            [self._exception(cursor.key, failure) for failure in failures],
         )
 
-    async def forget(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> None:
-        """Drop the exceptions of deliveries that have succeeded since."""
-        if positions:
-            await connection.execute(
-                delete(exception).where(
-                    exception.c.subscription == cursor.subscription, exception.c.position.in_(positions)
+    async def kept(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> set[int]:
+        """Which of these have an exception."""
+        found = await connection.scalars(
+            select(exception.c.position).where(_at(exception, cursor.key), exception.c.position.in_(positions))
+        )
+        return set(found)
+
+    async def forget(self, connection: AsyncConnection, cursor: Cursor, positions: Sequence[int]) -> int:
+        """Drop the exceptions of deliveries that have succeeded since; return how many there were."""
+        if not positions:
+            return 0
+        gone = await connection.execute(
+            delete(exception).where(_at(exception, cursor.key), exception.c.position.in_(positions))
+        )
+        return gone.rowcount
+
+    async def unpark(self, connection: AsyncConnection, cursor: Cursor, keys: Collection[str]) -> int:
+        """Make the first parked delivery of each of these keys due, unless another of the key is still open."""
+        released = 0
+        for key in keys:
+            first = (
+                await connection.execute(
+                    select(exception.c.id, exception.c.state)
+                    .where(_at(exception, cursor.key), exception.c.key == key, exception.c.state.in_(BLOCKING))
+                    .order_by(exception.c.id)
+                    .limit(1)
                 )
-            )
+            ).first()
+            if first is not None and first.state == PARKED:
+                released += 1
+                await connection.execute(
+                    update(exception)
+                    .where(exception.c.id == first.id)
+                    .values(state=RETRYING, next_at=self.later(0), updated_at=self.later(0))
+                )
+        return released
 
-    async def remember(
-        self, connection: AsyncConnection, cursor: Cursor, worker: UUID, entries: Sequence[Entry]
-    ) -> None:
-        """Append what was done to the history; for people, never for delivery."""
-        if not entries:
-            return
-        await connection.execute(
-            insert(history).values(
-                subscription=cursor.subscription,
-                worker=worker,
-                first_position=min(entry.position for entry in entries),
-                last_position=max(entry.position for entry in entries),
-                entries=msgspec.json.encode(entries).decode(),
-                recorded_at=self.later(0),
+    async def blocking(self, connection: AsyncConnection, cursor: Cursor, key: str) -> int:
+        """How many exceptions of this key make later ones wait."""
+        number = await connection.scalar(
+            select(func.count()).where(
+                _at(exception, cursor.key), exception.c.key == key, exception.c.state.in_(BLOCKING)
             )
         )
+        return int(number or 0)
+
+    async def remember(self, connection: AsyncConnection, worker: UUID, remembered: Sequence[Remembered]) -> None:
+        """Append what was done to the history; for people, never for delivery."""
+        if remembered:
+            await connection.execute(insert(history), [self._remembered(worker, one) for one in remembered])
+
+    def _remembered(self, worker: UUID, one: Remembered) -> dict[str, Any]:
+        positions = [entry.position for entry in one.entries]
+        return {
+            "subscription": one.subscription,
+            "generation": one.generation,
+            "worker": worker,
+            "first_position": min(positions),
+            "last_position": max(positions),
+            "entries": msgspec.json.encode(one.entries).decode(),
+            "recorded_at": self.later(0),
+        }
 
     # --- what became of events --------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    async def passed(self, event_ids: Sequence[UUID]) -> list[tuple[UUID, str, int, list[str], str, bool, bool]]:
-        """For each event and cursor: event id, type, position, what ran inside, subscription, whether it is past it.
-
-        And whether the event was written before the subscription was registered.
-        """
+    async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
+        """For each event and lane: what is known of the event there."""
 
     async def deliveries(
         self, event_ids: Sequence[UUID], heard: Mapping[str, Sequence[str]], *, calls_too: bool = True
@@ -417,12 +681,23 @@ class Store(abc.ABC):
         A subscription that was registered after the event was never owed it, and is left out. Without `calls_too` the
         history is left alone: that is not told then, nor when and how long.
         """
-        facts = [fact for fact in await self.passed(event_ids) if fact[4] in heard.get(fact[1], ())]
-        positions = sorted({fact[2] for fact in facts})
+        facts: dict[tuple[UUID, str], Passed] = {}
+        for passed in await self.passed(event_ids):
+            if passed.subscription not in heard.get(passed.type, ()):
+                continue
+            lane = passed.own_lane()
+            known = facts.get((passed.event_id, passed.subscription))
+            if lane is None and known is not None:
+                passed = passed._replace(past=passed.past and known.past)
+            if lane is None or lane == passed.lane:
+                facts[passed.event_id, passed.subscription] = passed
+        positions = sorted({fact.position for fact in facts.values()})
         if not positions:
             return []
         async with self.reading() as connection:
-            found = await connection.execute(select(exception).where(exception.c.event_id.in_(list(event_ids))))
+            found = await connection.execute(
+                select(exception).where(exception.c.event_id.in_(list(event_ids)), exception.c.generation == 0)
+            )
             exceptions = {(row.subscription, row.position): row for row in found}
             calls: dict[tuple[str, int], Entry] = {}
             pages = (
@@ -431,7 +706,8 @@ class Store(abc.ABC):
                 else await connection.execute(
                     select(history.c.subscription, history.c.entries)
                     .where(
-                        history.c.subscription.in_({fact[4] for fact in facts}),
+                        history.c.subscription.in_({fact.subscription for fact in facts.values()}),
+                        history.c.generation == 0,
                         history.c.first_position <= positions[-1],
                         history.c.last_position >= positions[0],
                     )
@@ -442,30 +718,43 @@ class Store(abc.ABC):
                 for entry in msgspec.json.decode(entries, type=list[Entry]):
                     calls[subscription, entry.position] = entry
         states = []
-        for event_id, event_type, position, ran, subscription, is_past, is_older in facts:
-            row = exceptions.get((subscription, position))
-            call = calls.get((subscription, position))
-            if calls_too and is_past and is_older and row is None and call is None and subscription not in ran:
+        for fact in facts.values():
+            row = exceptions.get((fact.subscription, fact.position))
+            call = calls.get((fact.subscription, fact.position))
+            inside = fact.subscription in fact.ran
+            if calls_too and fact.past and fact.older and row is None and call is None and not inside:
                 continue
-            state = row.state if row is not None else "succeeded" if is_past or subscription in ran else "waiting"
+            state = row.state if row is not None else "succeeded" if fact.past or inside else "waiting"
             attempts = row.attempts if row is not None else call.attempt if call else int(state == "succeeded")
             states.append(
                 DeliveryState(
-                    event_id=event_id,
-                    event_type=event_type,
-                    subscription=subscription,
+                    event_id=fact.event_id,
+                    event_type=fact.type,
+                    subscription=fact.subscription,
                     state=state,
                     attempts=attempts,
-                    started_at=call.started_at if call else None,
-                    seconds=call.seconds if call else None,
+                    started_at=datetime.fromtimestamp(call.started_at / 1e6, UTC) if call else None,
+                    seconds=call.microseconds / 1e6 if call else None,
                     error=f"{row.error_type}: {row.error_message}" if row is not None and row.error_type else None,
                 )
             )
         return states
 
 
+def _at(table: Any, key: LaneKey) -> Any:
+    return and_(
+        table.c.subscription == key.subscription, table.c.generation == key.generation, table.c.lane == key.lane
+    )
+
+
+def sibling(engine: AsyncEngine) -> AsyncEngine:
+    """An engine with a pool of its own that connects as that one does. What listens on the engine is not taken over."""
+    sync = engine.sync_engine
+    return AsyncEngine(Engine(sync.pool.recreate(), sync.dialect, sync.url, hide_parameters=True))
+
+
 def lost(cursor: Cursor) -> LeaseLost:
     return LeaseLost(
-        f"the lease of {cursor.subscription} (token {cursor.token}) went to another worker: this worker was away for "
-        "longer than its lease. What it had not committed is rolled back, and delivered by the other"
+        f"lane {cursor.key.lane} of {cursor.subscription} (token {cursor.token}) went to another worker: this worker "
+        "was away for longer than its lease. What it had not committed is rolled back, and delivered by the other"
     )

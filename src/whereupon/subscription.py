@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import functools
 import inspect
@@ -22,6 +23,7 @@ E = TypeVar("E", bound=DomainEvent)
 Handler: TypeAlias = Callable[Concatenate[E, ...], Coroutine[Any, Any, None]]
 
 DEFAULT_TIMEOUT: Final = 30.0
+DEFAULT_LANES: Final = 4
 
 
 class Delivery(enum.StrEnum):
@@ -90,6 +92,14 @@ class Subscription:
     required: bool
     context_parameter: str | None
     session_parameter: str | None
+    ordered_by: str | None = None
+    """The field whose equal values are delivered one at a time, in the order of publishing."""
+    lanes: int = DEFAULT_LANES
+    """Into how many shares the subscription is split when it is first registered, so that workers can share it."""
+    batch: int = 1
+    """How many deliveries may share one transaction."""
+    rate: float | None = None
+    """Deliveries a second, by all workers together, or None."""
     recorder: Any = field(default=None, repr=False)
     """An object that writes with the log instead of being called (see `Recorder`)."""
 
@@ -157,6 +167,10 @@ class Subscriptions:
         timeout: float | None = DEFAULT_TIMEOUT,
         concurrency: int = 10,
         required: bool = False,
+        ordered_by: str | None = None,
+        lanes: int = DEFAULT_LANES,
+        batch: int = 1,
+        rate: float | None = None,
         **unknown: object,
     ) -> Subscription:
         """Check everything that can be checked of a subscription, and keep it. Raises `SubscriptionError`."""
@@ -175,13 +189,16 @@ class Subscriptions:
         if unknown:
             raise SubscriptionError(
                 f"{name} is subscribed with {', '.join(unknown)}, and there is no such option: "
-                "use name, delivery, retry, timeout, concurrency or required"
+                "use name, delivery, retry, timeout, concurrency, required, ordered_by, lanes, batch or rate"
             )
         context_parameter, session_parameter = _inspect(handler, name, event_type)
         recorder = _recorder_of(handler)
         delivery = _delivery(name, delivery, handler, session_parameter)
         retry = Retry() if retry is None else retry
         _check_options(name, delivery, retry, timeout, concurrency, required, session_parameter)
+        _check_sharing(name, delivery, ordered_by, lanes, batch, rate)
+        if ordered_by is not None:
+            _check_order(name, event_type, ordered_by)
         made = Subscription(
             name=name,
             handler=handler,
@@ -194,6 +211,10 @@ class Subscriptions:
             required=required,
             context_parameter=context_parameter,
             session_parameter=session_parameter,
+            ordered_by=ordered_by,
+            lanes=lanes,
+            batch=batch,
+            rate=rate,
             recorder=recorder if delivery is Delivery.IN_TRANSACTION else None,
         )
         known = self._by_name.get(name)
@@ -230,7 +251,17 @@ def _delivery(name: str, given: Any, handler: Any, session_parameter: str | None
 def _same(known: Subscription, made: Subscription) -> bool:
     return known.handler == made.handler and all(
         getattr(known, option) == getattr(made, option)
-        for option in ("delivery", "retry", "timeout", "concurrency", "required")
+        for option in (
+            "delivery",
+            "retry",
+            "timeout",
+            "concurrency",
+            "required",
+            "ordered_by",
+            "lanes",
+            "batch",
+            "rate",
+        )
     )
 
 
@@ -285,6 +316,40 @@ def _check_options(
         raise SubscriptionError(
             f"{name} takes a session, but is DURABLE: its writes and its progress would commit apart. "
             "Leave delivery out (TRANSACTIONAL is the default for it), or open a session of your own in the handler"
+        )
+
+
+def _check_sharing(name: str, delivery: Delivery, ordered_by: Any, lanes: Any, batch: Any, rate: Any) -> None:
+    if type(lanes) is not int or not 1 <= lanes <= 1024:
+        raise SubscriptionError(f"{name} has lanes={lanes!r}: it is into how many shares it is split, 1 to 1024")
+    if type(batch) is not int or batch < 1:
+        raise SubscriptionError(f"{name} has batch={batch!r}: it is how many deliveries share a transaction, 1 or more")
+    if batch > 1 and delivery is not Delivery.TRANSACTIONAL:
+        raise SubscriptionError(
+            f"{name} has batch={batch}, but runs {delivery}: only deliveries in transactions can share one. Take a "
+            "session in the handler, or leave batch out"
+        )
+    if batch > 1 and ordered_by is not None:
+        raise SubscriptionError(
+            f"{name} has batch={batch} and ordered_by={ordered_by!r}: a key's deliveries run one at a time. Drop one"
+        )
+    if rate is not None and not (type(rate) in (int, float) and 0 < rate < float("inf")):
+        raise SubscriptionError(f"{name} has rate={rate!r}: it is deliveries a second, more than 0, or None")
+    if delivery in (Delivery.IN_TRANSACTION, Delivery.AFTER_COMMIT) and (ordered_by is not None or rate is not None):
+        raise SubscriptionError(
+            f"{name} runs {delivery}, where it can't wait: ordered_by and rate are for DURABLE and TRANSACTIONAL"
+        )
+
+
+def _check_order(name: str, event_type: type[DomainEvent], field: Any) -> None:
+    if event_type is DomainEvent:
+        raise SubscriptionError(
+            f"{name} hears everything, and not every event has a field {field!r}: subscribe it to the events that do"
+        )
+    if not isinstance(field, str) or field not in {part.name for part in dataclasses.fields(event_type)}:
+        known = ", ".join(part.name for part in dataclasses.fields(event_type))
+        raise SubscriptionError(
+            f"{name} is ordered by {field!r}, and {event_type.__name__} has no such field: it has {known}"
         )
 
 

@@ -1,8 +1,8 @@
-"""The worker: reads the log for the subscriptions whose leases it holds, runs their handlers, settles the deliveries.
+"""The worker: takes lanes of the bus's subscriptions, reads the log for them, settles what their handlers have ended.
 
-Each lane (a subscription's cursor) is served by one loop that reads pages and one that retries exceptions; both hand
-what became of deliveries to the lane's settler, which commits whatever is ready in one transaction. A delivery keeps
-its place among those in flight until that commit, so a crash repeats no more than `in_flight` calls.
+Lanes that stand at the same place are read together: each event is fetched and decoded once. A lane that falls behind
+reads by itself until it has caught up. Whatever has ended is settled in one statement for all lanes; a delivery keeps
+its place among those in flight until that is committed, so a crash repeats no more than `in_flight` calls.
 """
 
 from __future__ import annotations
@@ -11,96 +11,56 @@ import asyncio
 import contextlib
 import logging
 import random
-from asyncio import CancelledError, Event, Future, Semaphore, Task, TaskGroup
+import time
+from asyncio import CancelledError, Event, Semaphore, Task
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from contextvars import Context
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, TypeVar
-from uuid import uuid4
+from uuid import UUID
 
-import msgspec
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, StatementError
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from whereupon._staging import handed_out
+from whereupon._dispatch import Runner
 from whereupon.codec import Codec
-from whereupon.context import EventContext, decode_metadata, handling
-from whereupon.errors import (
-    Discard,
-    EventDecodingError,
-    HandlerTimeout,
-    LeaseLost,
-    RetryLater,
-    UnknownEventError,
-)
+from whereupon.errors import LeaseLost
 from whereupon.event import DomainEvent
-from whereupon.logs import Logger, message_of, trace_of
-from whereupon.store import DEAD, RETRYING, RUNNING, SKIPPED, WAITING, Cursor, Entry, Failure, Page, Row, Store
-from whereupon.subscription import Delivery, Subscription
+from whereupon.lane import FULL, Delivery, Lane, Logged, Share
+from whereupon.lease import Lease
+from whereupon.logs import Logger, message_of
+from whereupon.store import Cursor, LaneKey, LaneState, Layout, Move, Page, Remembered, Store
+from whereupon.subscription import Subscription
 
 T = TypeVar("T")
 
 PAGE: Final = 500
 """Events read at a time."""
+TURN: Final = 64
+"""Handlers begun in one turn of the event loop, at most."""
 LONG: Final = 1.0
-"""Seconds after which a delivery becomes an exception, so that its page need not wait for it."""
-UNKNOWN_WAIT: Final = 60.0
-"""Seconds between two looks at an event that this build does not know; a newer worker may have come meanwhile."""
+"""Seconds after which a delivery becomes an exception, so that the cursor need not wait for it."""
 UNSAVED: Final = 60.0
 """Seconds for which a cursor that passed only what its subscription does not hear may stay unsaved."""
-RERUNS: Final = 50
-"""How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
 LONGEST_PAUSE: Final = 5.0
 """Seconds between two tries to reach a database that is away, at most."""
 LAST_WORDS: Final = 3.0
 """Seconds that a worker which was told to stop takes to write down what has ended."""
-
-
-class _Delivery:
-    """One event for one subscription, being delivered."""
-
-    __slots__ = (
-        "attempt", "cut_short", "ended", "exceptional", "failure", "in_doubt", "interrupted", "row", "seconds",
-        "settled", "started_at", "stored", "task",
-    )  # fmt: skip
-
-    def __init__(self, row: Row, attempt: int, *, exceptional: bool, interrupted: bool = False) -> None:
-        self.row = row
-        self.attempt = attempt
-        self.exceptional = exceptional
-        """Whether it may have a row among the exceptions."""
-        self.interrupted = interrupted
-        """Whether the attempt before this one was begun by a worker that is gone."""
-        self.cut_short = False
-        """Whether this worker cancelled it, so that a CancelledError in it is none of the handler's."""
-        self.ended = False
-        """Whether the handler is done."""
-        self.failure: Failure | None = None
-        self.stored = False
-        """Whether the handler's own transaction has recorded that it succeeded."""
-        self.in_doubt = False
-        """Whether that transaction may have committed though it looked as if it failed."""
-        self.settled: Future[None] = asyncio.get_running_loop().create_future()
-        """Done once what became of it is committed."""
-        self.started_at = datetime.now(UTC)
-        self.seconds = 0.0
-        self.task: Task[None] | None = None
-
-    def cancel(self) -> None:
-        self.cut_short = True
-        if self.task is not None and self.task is not asyncio.current_task():
-            self.task.cancel()
+PATIENCE: Final = 0.1
+"""Seconds that the reading of all waits for a lane that is full, before it goes on without that."""
+RECENT: Final = 4
+"""Pages kept for lanes that are about to catch up."""
 
 
 class Worker:
-    """Delivers for the subscriptions of one bus, on one event loop, under an identity of its own."""
+    """Delivers for the subscriptions of one bus, on one event loop, under the identity of its lease."""
 
     def __init__(
         self,
         store: Store,
         subscriptions: Iterable[Subscription],
         *,
+        lanes: dict[str, int],
         codec: Codec,
         class_of: Callable[[str], type[DomainEvent] | None],
         logger: Logger,
@@ -109,83 +69,71 @@ class Worker:
         lease: float,
         poll_interval: float,
     ) -> None:
-        self.id = uuid4()
         self.store = store
-        self.subscriptions = {subscription.name: subscription for subscription in subscriptions}
+        self.shares = {subscription.name: Share(subscription) for subscription in subscriptions}
+        for name, share in self.shares.items():
+            share.count = lanes[name]
         self.codec = codec
         self.class_of = class_of
         self.logger = logger
         self.handler_logger = handler_logger
-        self.lease = lease
+        self.in_flight = in_flight
+        self.free = in_flight
+        """How many more deliveries may be in flight: begun and not settled."""
         self.poll_interval = poll_interval
-        self.slots = Semaphore(in_flight)
+        self.runner = Runner(contain_exits=True)
         self.connections = Semaphore(store.connections_for_handlers)
-        """Handlers in transactions leave connections of the pool to the leases, and to settling."""
-        self.lanes: dict[str, _Lane] = {}
-        self.stopping = Event()
+        """Handlers in transactions take turns for the connections of the application's pool."""
+        self.lanes: dict[LaneKey, Lane] = {}
+        self.stopping = False
         self.settled = Event()
         """Set whenever something was settled; whoever waits for it clears it."""
+        self.lease = Lease(store.engine, lease, in_flight=in_flight, log=self.log, on_lost=self._lease_was_lost)
+        limits = [share.subscription.timeout for share in self.shares.values()]
+        self.lease.allow(
+            max((limit for limit in limits if limit is not None), default=0.0) if None not in limits else None
+        )
+        self._seconds = lease
+        self.types = _types(self.shares.values())
+        self._heard: dict[str, list[Share]] = {}
+        self.place: Any = None
+        """How far the log was read for the lanes that are read together."""
+        self._recent: deque[tuple[Any, Page, list[Logged]]] = deque(maxlen=RECENT)
+        self._looks = 0
+        """How often somebody said that there may be something new in the log."""
+        self._seen = 0
+        """How many of these looks the reading has answered to the end of the log."""
+        self._wake = Event()
+        self._moved = Event()
+        self._tend_now = Event()
+        self._tended = Event()
+        self._ready: list[Lane] = []
+        self._something_ready = Event()
+        self._pump_due = False
+        self._careful: deque[tuple[Lane, Delivery]] = deque()
+        self._careful_one: Task[None] | None = None
+        self._turn = asyncio.Lock()
+        """Held while cursors are moved for handlers that don't do it themselves: never two of them at once."""
         self._tasks: set[Task[None]] = set()
-        self._claim_now = Event()
-        self._claimed = Event()
+        self._loops: list[Task[None]] = []
 
-    def start(self) -> None:
-        for loop in (self._tend, self._watch):
-            self.spawn(self._persist(loop))
+    @property
+    def id(self) -> UUID:
+        return self.lease.id
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> Task[None]:
+    async def start(self) -> None:
+        self.store.separate()
+        await self.lease.start()
+        await self.store.serve(self.id, list(self.shares))
+        for loop in (self._tend, self._watch, self._read, self._settle, self._sweep):
+            self._loops.append(self.spawn(self._persist(loop)))
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], context: Context | None = None) -> Task[None]:
         # an empty context: what a request left in the starter's would otherwise be seen by every handler
-        task = asyncio.get_running_loop().create_task(coroutine, context=Context())
+        task = asyncio.get_running_loop().create_task(coroutine, context=Context() if context is None else context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def wake(self, types: Collection[str] | None = None) -> None:
-        """Events of these stored types (None: any) were committed: have the lanes that hear them look."""
-        for lane in self.lanes.values():
-            if types is None or lane.types is None or not lane.types.isdisjoint(types):
-                lane.look()
-
-    async def drain(self) -> None:
-        """Wait until every lane held here has found nothing left that can be delivered now."""
-        await self._claimed.wait()
-        for lane in list(self.lanes.values()):
-            await lane.idle_again()
-
-    async def stop(self, timeout: float) -> None:
-        """Begin nothing more, let what runs end for `timeout` seconds, then cancel it and give the leases back."""
-        self.stopping.set()
-        self._claimed.set()
-        lanes = list(self.lanes.values())
-        for lane in lanes:
-            lane.stop()
-        await self._wait_for_deliveries(lanes, timeout)
-        for lane in lanes:
-            for delivery in lane.active:
-                if not delivery.ended:
-                    delivery.cancel()
-        await self._wait_for_deliveries(lanes, LAST_WORDS)
-        for lane in lanes:
-            lane.cancel()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks and (await asyncio.wait(set(self._tasks), timeout=LAST_WORDS))[1]:
-            stuck = sorted(lane.subscription.name for lane in lanes if lane.active)
-            self.log(
-                "error",
-                "worker_stop_incomplete",
-                subscriptions=stuck,
-                error_message="handlers ignore their cancellation; they are left behind",
-            )
-        with contextlib.suppress(LeaseLost, *self.store.errors):  # leases run out by themselves
-            async with asyncio.timeout(LAST_WORDS):
-                for lane in lanes:
-                    await lane.save_place()
-                await self.store.release(self.id)
-
-    async def _wait_for_deliveries(self, lanes: Sequence[_Lane], timeout: float) -> None:
-        if tasks := {d.task for lane in lanes for d in lane.active if d.task is not None}:
-            await asyncio.wait(tasks, timeout=timeout)
 
     def log(self, level: str, name: str, **details: Any) -> None:
         """Log; a logger that raises does not decide what becomes of a delivery."""
@@ -194,7 +142,93 @@ class Worker:
         except Exception:
             logging.getLogger("whereupon").exception("the logger given to the bus raised at %s %r", name, details)
 
-    # --- keeping leases, hearing of events --------------------------------------------------------------------------
+    # --- starting, draining, stopping -------------------------------------------------------------------------------
+
+    def wake(self, types: Collection[str] | None = None) -> None:
+        """Events of these stored types (None: any) were committed: look whether there is something new in the log."""
+        if types is None or self.types is None or not self.types.isdisjoint(types):
+            self.look()
+            for lane in self.lanes.values():
+                # publishers write the exceptions of handlers that failed inside their transaction
+                lane.due = lane.due or lane.subscription.delivery == "in_transaction"
+            self.pump()
+
+    def look(self) -> None:
+        self._looks += 1
+        self._wake.set()
+
+    async def drain(self) -> None:
+        """Wait until every lane held here has found nothing left that can be delivered now."""
+        await self._tended.wait()
+        while not self.stopping:
+            self.look()
+            looks = self._looks
+            while not self._drained(looks):  # noqa: ASYNC110 - it is made of too much for one event
+                await asyncio.sleep(0.005)
+            held = [lane.cursor for lane in self.lanes.values()]
+            due = await self._with_database(partial(self.store.next_due, held)) if held else None
+            if due is None or due > 0:
+                if self._quiet():
+                    return
+            else:
+                for lane in self.lanes.values():
+                    lane.due = True
+                self.pump()
+
+    def _drained(self, looks: int) -> bool:
+        return self.stopping or (self._seen >= looks and self._quiet())
+
+    def _quiet(self) -> bool:
+        return (
+            not self._ready
+            and not self._careful
+            and self._careful_one is None
+            and all(lane.quiet and lane.attached for lane in self.lanes.values())
+        )
+
+    async def stop(self, timeout: float) -> None:
+        """Begin nothing more, let what runs end for `timeout` seconds, then cancel it and give the lanes back."""
+        self.stopping = True
+        for event in (self._tended, self._wake, self._moved, self._tend_now):
+            event.set()
+        await self._wait_for_deliveries(timeout)
+        for lane in self.lanes.values():
+            for delivery in list(lane.active):
+                if not delivery.ended:
+                    delivery.cancel()
+        await self._wait_for_deliveries(LAST_WORDS)
+        stuck = sorted({lane.name for lane in self.lanes.values() if any(not d.ended for d in lane.active)})
+        for task in [*self._loops, *self._tasks]:
+            task.cancel()
+        if self._tasks:
+            _, left = await asyncio.wait(set(self._tasks), timeout=LAST_WORDS)
+            if left or stuck:
+                self.log(
+                    "error",
+                    "worker_stop_incomplete",
+                    subscriptions=stuck,
+                    error_message="handlers ignore their cancellation; they are left behind",
+                )
+        with contextlib.suppress(LeaseLost, *self.store.errors):  # leases run out by themselves
+            async with asyncio.timeout(LAST_WORDS):
+                for lane in self.lanes.values():
+                    await lane.save()
+                await self.store.release(self.id)
+        await self.lease.stop()
+        why = "the worker was stopped"
+        self.runner.stop(why)
+        self.runner.abandon(why)
+        self.runner.close()
+        self.lanes.clear()
+
+    async def _wait_for_deliveries(self, timeout: float) -> None:
+        """Wait until nothing is in flight, for so long at most."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and any(lane.active for lane in self.lanes.values()):
+            self.settled.clear()
+            await happens(self.settled, min(0.05, max(0.0, deadline - time.monotonic())))
+
+    # --- the database -----------------------------------------------------------------------------------------------
 
     async def _persist(self, loop: Callable[[], Awaitable[None]]) -> None:
         """Run a loop until cancelled; a database that is away is waited for, with backoff."""
@@ -207,6 +241,18 @@ class Worker:
                 failures = 0
             except Exception as error:
                 failures += 1
+                await self.pause_after(error, failures)
+
+    async def _with_database(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a call until the database answers."""
+        failures = 0
+        while True:
+            try:
+                return await call()
+            except self.store.errors as error:
+                failures += 1
+                if self.stopping and failures > 3:
+                    raise CancelledError from error
                 await self.pause_after(error, failures)
 
     async def pause_after(self, error: Exception, failures: int) -> None:
@@ -225,43 +271,116 @@ class Worker:
             )
         await asyncio.sleep(wait)
 
+    # --- which lanes are ours ---------------------------------------------------------------------------------------
+
+    def _lease_was_lost(self) -> None:
+        self._tend_now.set()
+
     async def _tend(self) -> None:
-        """Renew the leases held, take those that nobody holds."""
-        if held := list(self.lanes.values()):
-            for cursor in await self.store.renew([lane.cursor for lane in held], self.id, self.lease):
-                lane = self.lanes.get(cursor.subscription)
-                if lane is not None and lane.cursor is cursor:
+        """Take the lanes that are ours to serve and free, give up those that are others'."""
+        layout = await self.store.layout(list(self.shares))
+        if not self.stopping:
+            await self._balance(layout)
+        self._tended.set()
+        # of others no pulse tells that they died; alone there is nothing to wait for
+        alone = all(worker == self.id for worker, _ in layout.workers) and len(self.lanes) == len(layout.lanes)
+        await happens(self._tend_now, self._seconds / 3 if alone else min(self._seconds / 3, 1.0))
+        self._tend_now.clear()
+
+    async def _balance(self, layout: Layout) -> None:
+        mine = [worker for worker in layout.workers if worker[0] == self.id]
+        if not mine:  # the lease ran out while this process stood still: it is being made anew
+            return
+        if not mine[0][1]:
+            await self.store.serve(self.id, list(self.shares))
+        wanted: list[LaneState] = []
+        for name in self.shares:
+            lanes = [lane for lane in layout.lanes if lane.key.subscription == name]
+            serving = [worker for worker, serves in layout.workers if name in serves or worker == self.id]
+            held = []
+            for state in lanes:
+                lane = self.lanes.get(state.key)
+                if lane is None:
+                    continue
+                if state.token != lane.cursor.token:
                     self.lose(lane)
-        missing = [name for name in self.subscriptions if name not in self.lanes]
-        if missing and not self.stopping.is_set():
-            for cursor in await self.store.claim(missing, self.id, self.lease):
-                lane = _Lane(self, self.subscriptions[cursor.subscription], cursor)
-                self.lanes[cursor.subscription] = lane
-                lane.start()
-            missing = [name for name in missing if name not in self.lanes]
-        self._claimed.set()
-        # another worker's leases are free when it stops, and at the latest one lease after it died
-        wait = self.lease / 3 if not missing else min(self.lease / 3, 0.5)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._claim_now.wait(), wait)
-        self._claim_now.clear()
+                elif state.paused:
+                    self._release(lane)
+                else:
+                    held.append(lane)
+            ours = _fair_share(name, len(lanes), serving, self.id)
+            for lane in held[ours:]:
+                self._release(lane)
+            missing = ours - len(held)
+            free = [
+                lane
+                for lane in lanes
+                if not lane.paused and lane.key not in self.lanes and (lane.owner in (None, self.id) or not lane.alive)
+            ]
+            if missing > 0:
+                wanted += free[:missing]
+        if wanted:
+            await self._claim(wanted)
 
-    async def _watch(self) -> None:
-        """Hear of what other processes published."""
-        if await self.store.pulse():
-            self.wake()
-        await asyncio.sleep(self.poll_interval)
+    async def _claim(self, wanted: Sequence[LaneState]) -> None:
+        seen = {lane.key: lane for lane in wanted}
+        for cursor in await self.store.claim(wanted, self.id):
+            before = seen[cursor.key]
+            died = before.owner not in (None, self.id)
+            self._take(cursor, (before.in_flight or self.in_flight) if died else 0)
 
-    def lose(self, lane: _Lane, error: Exception | None = None) -> None:
+    def _take(self, cursor: Cursor, careful: int) -> None:
+        share = self.shares[cursor.subscription]
+        lane = self.lanes[cursor.key] = share.lanes[cursor.key.lane] = Lane(self, share, cursor, careful)
+        if self.place is None or not any(other.attached for other in self.lanes.values()):
+            self.place = cursor.place if self.place is None else max_place(self.store, self.place, cursor.place)
+            self._recent.clear()
+        if not self._attach(lane):
+            lane.start_reading()
+        self.look()
+        self.pump()
+
+    def _release(self, lane: Lane) -> None:
+        """Give a lane up for another worker, once nothing of it is in flight."""
+        if not lane.releasing:
+            lane.releasing = True
+            lane.attached = False
+            lane.share.lanes.pop(lane.cursor.key.lane, None)
+            lane.share.withdraw(lane)
+            self.spawn(self._hand_over(lane))
+
+    async def _hand_over(self, lane: Lane) -> None:
+        while lane.active and not lane.lost:
+            self.settled.clear()
+            await happens(self.settled, 0.05)
+        if lane.lost:
+            return
+        try:
+            async with self._turn:
+                await self._with_database(lane.save)
+            await self._with_database(lambda: self.store.release(self.id, [lane.cursor.key]))
+        except LeaseLost:
+            self.lose(lane)
+            return
+        lane.end()
+        self.lanes.pop(lane.cursor.key, None)
+
+    def lose(self, lane: Lane, error: BaseException | None = None) -> None:
         """Give a lane up: another worker has it, or something unforeseen happened in it."""
         if lane.lost:
             return
-        lane.lost = True
-        lane.cancel()
-        self.lanes.pop(lane.subscription.name, None)
-        details = {"subscription": lane.subscription.name, "worker": str(self.id)}
+        lane.end()
+        lane.attached = False
+        if self.lanes.get(lane.cursor.key) is lane:
+            del self.lanes[lane.cursor.key]
+        if lane.share.lanes.get(lane.cursor.key.lane) is lane:
+            del lane.share.lanes[lane.cursor.key.lane]
+        self._ready = [other for other in self._ready if other is not lane]
+        self._careful = deque(one for one in self._careful if one[0] is not lane)
+        self._tend_now.set()
+        self.pump()
+        details = {"subscription": lane.name, "lane": lane.cursor.key.lane, "worker": str(self.id)}
         if error is None:
-            self._claim_now.set()
             what = "another worker took over; what was not committed is delivered by that one"
             self.log("warning", "worker_lease_lost", **details, error_message=what)
         else:
@@ -269,460 +388,382 @@ class Worker:
             what = f"{message_of(error)} (the lane is given up, and taken again)"
             self.log("error", "worker_lane_failed", **details, error_message=what, exc_info=error)
 
+    # --- reading ----------------------------------------------------------------------------------------------------
 
-class _Lane:
-    """One subscription's cursor, in this worker's hands."""
-
-    def __init__(self, worker: Worker, subscription: Subscription, cursor: Cursor) -> None:
-        self.worker = worker
-        self.store = worker.store
-        self.subscription = subscription
-        self.cursor = cursor
-        everything = DomainEvent in subscription.event_types
-        self.types: frozenset[str] | None = (
-            None
-            if everything
-            else frozenset(
-                name for cls in subscription.event_types for name in (cls.__event__.name, *cls.__event__.aliases)
-            )
-        )
-        self.lost = False
-        self.active: set[_Delivery] = set()
-        self._task: Task[None] | None = None
-        self._stopping = False
-        self._slots = Semaphore(subscription.concurrency)
-        self._wake = Event()
-        self._retry = Event()
-        self._nothing_due = False
-        self._ready: list[_Delivery] = []
-        self._something_ready = Event()
-        self._settling = asyncio.Lock()
-        """Held while exceptions or the cursor are changed: each change sees what the one before it has settled."""
-        self._saved_at = asyncio.get_running_loop().time()
-        self._unsaved = False
-        self._idle_rounds = 0
-        self._idle_changed = asyncio.Condition()
-
-    def start(self) -> None:
-        self._task = self.worker.spawn(self._serve())
-
-    def look(self) -> None:
-        """There may be something new in the log."""
-        self._wake.set()
-        if self.subscription.delivery is Delivery.IN_TRANSACTION:
-            self._retry.set()  # publishers write the exceptions of these
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
-        self._retry.set()
-
-    def cancel(self) -> None:
-        self.stop()
-        for delivery in list(self.active):
-            delivery.cancel()
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-
-    async def idle_again(self) -> None:
-        """Wait until a read that begins from now on finds nothing, with nothing in flight and no retry due."""
-        async with self._idle_changed:
-            seen = self._idle_rounds
+    async def _watch(self) -> None:
+        """Hear of what other processes published, of exceptions that are due, of workers that come and go."""
+        pulse = await self.store.pulse(self.id, list(self.shares))
+        if pulse.restless:
+            self._tend_now.set()
+        for key in pulse.due:
+            if (lane := self.lanes.get(key)) is not None:
+                lane.due = True
+                self.pump()
+        if pulse.grown:
             self.look()
-            while not self._stopping and not self.lost and self._idle_rounds < seen + 2:
-                self._wake.set()  # not the retries as well: asked for ever anew, they would never be seen to be over
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._idle_changed.wait(), 0.05)
+        await asyncio.sleep(self.poll_interval)
 
-    async def save_place(self) -> None:
-        if self._unsaved and not self.lost:
-            await self._move(self.cursor.place)
-
-    async def _serve(self) -> None:
-        try:
-            async with TaskGroup() as group:
-                for part in (self._pages, self._retries, self._settle):
-                    group.create_task(part(), context=Context())
-        except* LeaseLost:
-            self.worker.lose(self)
-        except* Exception as errors:
-            self.worker.lose(self, errors.exceptions[0])
-        finally:
-            for delivery in list(self.active):  # nobody is left to settle them
-                delivery.cancel()
-
-    async def _with_database(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a call until the database answers."""
-        failures = 0
-        while True:
-            try:
-                return await call()
-            except self.store.errors as error:
-                if self._stopping:
-                    raise CancelledError from error
-                failures += 1
-                await self.worker.pause_after(error, failures)
-
-    # --- new events -------------------------------------------------------------------------------------------------
-
-    async def _pages(self) -> None:
-        skip_ran = self.subscription.delivery is Delivery.IN_TRANSACTION
-        types = None if self.types is None else sorted(self.types)
-        while not self._stopping:
-            self._wake.clear()
-            page = await self._with_database(partial(self.store.read, self.cursor, types, skip_ran, PAGE))
-            if page.rows:
-                await self._deliver_page(page)
-                continue
-            unsaved_for = asyncio.get_running_loop().time() - self._saved_at
-            if self.cursor.done or (self._unsaved and unsaved_for > UNSAVED):
-                await self._with_database(partial(self._move, page.after))
-            elif self.cursor.place != page.after:
-                self.cursor.place = page.after  # nothing was to be done up to there: saved with the next move
-                self._unsaved = True
-            if not page.complete:
-                continue
-            if not self.active and self._nothing_due and not self._retry.is_set():
-                async with self._idle_changed:
-                    self._idle_rounds += 1
-                    self._idle_changed.notify_all()
+    async def _read(self) -> None:
+        """Read for all lanes that stand at the same place."""
+        self._wake.clear()
+        if self.place is None or self.stopping or not any(lane.attached for lane in self.lanes.values()):
+            if not self.lanes and self._tended.is_set():
+                self._seen = self._looks
             await self._wake.wait()
-
-    async def _deliver_page(self, page: Page) -> None:
-        deliveries = []
-        for row in page.rows:
-            await self._slots.acquire()
-            await self.worker.slots.acquire()
-            if self._stopping:
-                self._free_slots(1)
-                return  # the cursor stays before what was not begun
-            deliveries.append(self._begin(_Delivery(row, 1, exceptional=False)))
-            if len(deliveries) % 50 == 0:
-                await asyncio.sleep(0)
-        await asyncio.wait([delivery.settled for delivery in deliveries], timeout=LONG)
-        await self._with_database(partial(self._move, page.after, deliveries))
-
-    async def _move(self, place: Any, deliveries: Sequence[_Delivery] = ()) -> None:
-        """Move the cursor past a page; deliveries of it that are not settled go on as exceptions."""
-        for delivery in deliveries:
-            # Before the lock: a handler's transaction that comes after this one must know of the row.
-            delivery.exceptional = delivery.exceptional or not delivery.settled.done()
-        async with self._settling:
-            async with self.store.writing() as connection:
-                await self.store.fence(connection, self.cursor)
-                if running := [delivery for delivery in deliveries if not delivery.settled.done()]:
-                    done = await self.store.done_now(connection, self.cursor)
-                    await self.store.keep_failures(
-                        connection,
-                        self.cursor,
-                        [_unsettled(d) for d in running if d.row.position not in done],
-                    )
-                # whether a commit in doubt has happened is told by `done`, so what is not settled stays there
-                keep = [delivery.row.position for delivery in self.active if not delivery.settled.done()]
-                done = await self.store.move(connection, self.cursor, place, keep)
-            self.cursor.place, self.cursor.done = place, done
-            self._unsaved = False
-            self._saved_at = asyncio.get_running_loop().time()
-
-    # --- retries ----------------------------------------------------------------------------------------------------
-
-    async def _retries(self) -> None:
-        look, failures = True, 0  # an earlier owner may have left exceptions running
-        while not self._stopping:
-            self._retry.clear()
-            wait = 0.0 if look else await self._with_database(partial(self.store.next_due, self.cursor))
-            if wait is None or wait > 0:
-                self._nothing_due = True
-                with contextlib.suppress(TimeoutError):
-                    # an operator's retry from elsewhere is found within a minute
-                    await asyncio.wait_for(self._retry.wait(), 60.0 if wait is None else min(wait + 0.001, 60.0))
-                self._nothing_due = False
-                continue
-            free = await self._take_slots()
-            try:
-                begun = await self._begin_due(free)
-                look, failures = begun == free, 0
-                free -= begun
-            except self.store.errors as error:
-                look, failures = True, failures + 1  # it may be committed: what it marked as running runs nowhere
-                await self.worker.pause_after(error, failures)
-            finally:
-                self._free_slots(free)
-
-    async def _begin_due(self, limit: int) -> int:
-        async with self._settling:
-            running = [delivery.row.position for delivery in self.active]
-            due = await self.store.due(self.cursor, running, limit)
-            for one in due:
-                self._begin(_Delivery(one.row, one.attempt, exceptional=True, interrupted=one.interrupted))
-        return len(due)
-
-    async def _take_slots(self) -> int:
-        """Take the slots that are free, one at least; return how many."""
-        taken = 0
-        while taken == 0 or (taken < PAGE and not self._slots.locked() and not self.worker.slots.locked()):
-            await self._slots.acquire()
-            try:
-                await self.worker.slots.acquire()
-            except CancelledError:
-                self._slots.release()
-                raise
-            taken += 1
-        return taken
-
-    def _free_slots(self, number: int) -> None:
-        for _ in range(number):
-            self._slots.release()
-            self.worker.slots.release()
-
-    # --- one delivery -----------------------------------------------------------------------------------------------
-
-    def _begin(self, delivery: _Delivery) -> _Delivery:
-        self.active.add(delivery)
-        delivery.task = self.worker.spawn(self._deliver(delivery))
-        delivery.task.add_done_callback(partial(self._over, delivery))  # also of one that never got to its first step
-        return delivery
-
-    async def _deliver(self, delivery: _Delivery) -> None:
-        started = asyncio.get_running_loop().time()
-        delivery.started_at = datetime.now(UTC)
-        try:
-            delivery.failure = await self._attempt(delivery)
-            delivery.seconds = asyncio.get_running_loop().time() - started
-            delivery.ended = True
-            self._ready.append(delivery)
-            self._something_ready.set()
-            await asyncio.shield(delivery.settled)
-        except LeaseLost:
-            self.worker.lose(self)
-        except CancelledError:
-            if not delivery.ended:
-                await self._put_back(delivery)
-            raise
-        except Exception as error:
-            self.worker.lose(self, error)
-
-    def _over(self, delivery: _Delivery, _: Task[None]) -> None:
-        self.active.discard(delivery)
-        self._free_slots(1)
-
-    async def _attempt(self, delivery: _Delivery) -> Failure | None:
-        """Call the handler; return what went wrong. Raises `LeaseLost`, or CancelledError if the worker did."""
-        if delivery.interrupted and delivery.attempt > self.subscription.retry.max_attempts:
-            return self._crash_loop(delivery)
-        try:
-            event, context = self._decode(delivery)
-        except UnknownEventError as error:
-            self._report_unreadable(delivery, error, WAITING)
-            return _failure(delivery, error, WAITING, UNKNOWN_WAIT, attempts=delivery.attempt - 1)
-        except Exception as error:
-            self._report_unreadable(delivery, error, DEAD)
-            return _failure(delivery, error, DEAD, None)
-        try:
-            if self.subscription.session_parameter is None:
-                await self._call(event, context, None)
-            else:
-                await self._call_in_transaction(delivery, event, context)
-        except (LeaseLost, KeyboardInterrupt, GeneratorExit):
-            raise
-        except CancelledError as error:
-            if delivery.cut_short:
-                raise
-            # raised by the handler, which may also have cancelled its own task
-            task = asyncio.current_task()
-            while task is not None and task.cancelling():
-                task.uncancel()
-            return self._judge(delivery, event, error)
-        except BaseException as error:  # SystemExit, too: no handler ends the worker
-            return self._judge(delivery, event, error)
-        return None
-
-    async def _put_back(self, delivery: _Delivery) -> None:
-        """A stop cut the handler short: a retry goes back to its queue, its attempt not used."""
-        if not delivery.exceptional or self.lost:
+            if self.stopping:
+                await asyncio.Event().wait()
+            if self.place is None or not any(lane.attached for lane in self.lanes.values()):
+                await asyncio.sleep(0.01)
             return
-        with contextlib.suppress(LeaseLost, *self.store.errors):  # the next owner finds it running, and retries
-            async with self._settling, self.store.writing() as connection:
-                await self.store.fence(connection, self.cursor)
-                if delivery.row.position not in await self.store.done_now(connection, self.cursor):
-                    await self.store.keep_failures(connection, self.cursor, [_unsettled(delivery)])
+        await self._gather()
+        looks = self._looks
+        before = self.place
+        page = await self.store.read(before, None if self.types is None else sorted(self.types), PAGE)
+        logged = [Logged(row, page.window) for row in page.rows]
+        await self._make_room()
+        if self.place != before:  # taken elsewhere meanwhile, by the first of new lanes
+            return
+        self._distribute(before, page, logged)
+        if page.complete and not page.rows:
+            self._seen = looks
+            if self._looks == looks and not self.stopping:
+                await self._wake.wait()
 
-    def _decode(self, delivery: _Delivery) -> tuple[DomainEvent, EventContext]:
-        row = delivery.row
-        cls = self.worker.class_of(row.type)
-        if cls is None:
-            raise UnknownEventError(
-                f"no event class of this process is stored as {row.type!r}: it waits for a worker that knows it. "
-                "Import its module where the bus is made, or add the name to the aliases of its successor"
-            )
-        event = self.worker.codec.decode(cls, row.version, row.payload)
+    async def _gather(self) -> None:
+        """Give new lanes a moment to come to the place that the others are read from."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and any(lane.gathering for lane in self.lanes.values()):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+    async def _make_room(self) -> None:
+        """Wait for lanes that are full; those that stay so read by themselves from here on."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.stopping:
+            full = [lane for lane in self.lanes.values() if lane.attached and len(lane.order) >= FULL]
+            if not full:
+                return
+            rest = [lane for lane in self.lanes.values() if lane.attached and len(lane.order) < FULL]
+            if rest and time.monotonic() >= deadline:
+                for lane in full:
+                    lane.start_reading()
+                return
+            full[0].room.clear()
+            await happens(full[0].room, 0.02)
+
+    def _distribute(self, before: Any, page: Page, logged: list[Logged]) -> None:
+        """Offer what was read to the lanes that are read together, and move them on."""
+        for one in logged:
+            for share in self._hearing(one.row.type):
+                if share.subscription.ordered_by is None:
+                    lane = share.lanes.get(one.row.position % share.count)
+                    if lane is not None and lane.attached:
+                        lane.offer(one, None)
+                elif share.lanes and (found := self._lane_for(share, one)) is not None and found[0].attached:
+                    found[0].offer(one, found[1])
+        self.place = page.after
+        for lane in self.lanes.values():
+            if lane.attached:
+                lane.read_to(page.after)
+        if logged:
+            self._recent.append((before, page, logged))
+            self.pump()
+        else:
+            self._recent.clear()
+        self._moved.set()
+
+    def _lane_for(self, share: Share, logged: Logged) -> tuple[Lane, str | None] | None:
+        """The lane held here that an event belongs to, with its key; an event without a key that can be read waits."""
         try:
-            metadata = decode_metadata(row.headers)
-        except (msgspec.MsgspecError, UnicodeError) as error:
-            raise EventDecodingError(f"the headers of {row.type} at position {row.position}: {error}") from error
-        context = EventContext(
-            event_id=event.event_id,
-            event_type=row.type,
-            subscription=self.subscription.name,
-            attempt=delivery.attempt,
-            metadata=metadata,
-            log=self.worker.handler_logger,
-        )
-        return event, context
+            key = share.key_of(logged, self)
+            number = share.lane_for(logged, key)
+        except Exception:
+            # of which key it is can't be told; the first lane keeps it where everybody sees it
+            key, number = None, 0
+        lane = share.lanes.get(number)
+        return None if lane is None else (lane, key)
 
-    async def _call(self, event: DomainEvent, context: EventContext, session: AsyncSession | None) -> None:
-        handling.set((event.event_id, context.metadata))
-        limit = asyncio.timeout(self.subscription.timeout)
-        try:
-            async with limit:
-                await self.subscription.call(event, context, session)
-        except TimeoutError as error:
-            if limit.expired():
-                raise HandlerTimeout(
-                    f"it ran longer than its {self.subscription.timeout:g} s and was cancelled"
-                ) from error
-            raise
+    def _hearing(self, stored_type: str) -> list[Share]:
+        found = self._heard.get(stored_type)
+        if found is None:
+            found = self._heard[stored_type] = [
+                share for share in self.shares.values() if (types := _types([share])) is None or stored_type in types
+            ]
+        return found
 
-    async def _call_in_transaction(self, delivery: _Delivery, event: DomainEvent, context: EventContext) -> None:
-        """Run the handler; commit what it wrote together with the record that it ran."""
-        position = delivery.row.position
-        for rerun in range(RERUNS + 1):
-            delivery.in_doubt = False
-            # what lost a race on SQLite would lose the next one as well, so it takes the write lock first
-            engine = self.store.locking_engine if rerun else self.store.engine
-            async with self.worker.connections, AsyncSession(engine, expire_on_commit=False) as session:
-                try:
-                    if rerun:
-                        await self.store.take_lock(await session.connection())
-                    with handed_out(session, self.subscription.name):
-                        await self._call(event, context, session)
-                    await session.flush()
-                    connection = await session.connection()
-                    await self.store.mark_done(connection, self.cursor, [position])
-                    if delivery.exceptional:
-                        await self.store.forget(connection, self.cursor, [position])
-                    delivery.in_doubt = True
-                    await session.commit()
-                    delivery.stored = True
+    def _attach(self, lane: Lane) -> bool:
+        """Have it read with the others, if it stands where they do or did a moment ago."""
+        if lane.read_place == self.place:
+            lane.attached = True
+        else:
+            for number, (before, _, _) in enumerate(self._recent):
+                if before == lane.read_place:
+                    for _, page, logged in list(self._recent)[number:]:
+                        self._offer_mine(lane, logged)
+                        lane.read_to(page.after)
+                    lane.attached = True
+                    break
+        if lane.attached:
+            lane.gathering = False
+        return lane.attached
+
+    def _offer_mine(self, lane: Lane, logged: Iterable[Logged]) -> None:
+        for one in logged:
+            if lane.share in self._hearing(one.row.type):
+                found = self._lane_for(lane.share, one)
+                if found is not None and found[0] is lane:
+                    lane.offer(one, found[1])
+        self.pump()
+
+    async def catch_up(self, lane: Lane) -> None:
+        """Read for one lane until it stands where the others do."""
+        types = _types([lane.share])
+        failures = 0
+        while not self.stopping and not lane.lost and not lane.releasing:
+            if self._attach(lane):
+                self.look()
+                return
+            if len(lane.order) >= FULL:
+                lane.gathering = False
+                lane.room.clear()
+                await lane.room.wait()
+                continue
+            toward = self.place if self.store.is_later(self.place, lane.read_place) else None
+            if toward is None and not lane.gathering:  # it is ahead of the others: they come here soon, as a rule
+                self._moved.clear()
+                self.look()
+                await happens(self._moved, self.poll_interval)
+                toward = self.place if self.store.is_later(self.place, lane.read_place) else None
+                if self._attach(lane):
                     return
-                except DBAPIError as error:
-                    if rerun == RERUNS or not _lost_a_race(error):
-                        raise
-            await asyncio.sleep(random.uniform(0, 0.01 * min(rerun + 1, 20)))
+            try:
+                page = await self.store.read(
+                    lane.read_place, None if types is None else sorted(types), PAGE, toward=toward
+                )
+            except self.store.errors as error:
+                failures += 1
+                await self.pause_after(error, failures)
+                continue
+            failures = 0
+            self._offer_mine(lane, [Logged(row, page.window) for row in page.rows])
+            lane.read_to(page.after)
+            lane.gathering = False
 
-    def _judge(self, delivery: _Delivery, event: DomainEvent, error: BaseException) -> Failure:
-        """What follows from what a handler raised."""
-        retry, attempt = self.subscription.retry, delivery.attempt
-        details = {
-            "event_type": type(event).__name__,
-            "event_id": str(event.event_id),
-            "handler_name": self.subscription.handler_name,
-            "error_type": type(error).__name__,
-            "error_message": message_of(error),
-            "subscription": self.subscription.name,
-            "attempt": attempt,
-        }
-        if isinstance(error, Discard):
-            self.worker.log("info", "event_delivery_skipped", **details)
-            return _failure(delivery, error, SKIPPED, None)
-        dead = attempt >= retry.max_attempts
-        wait = None if dead else error.delay if isinstance(error, RetryLater) else retry.wait(attempt)
-        if wait is not None:
-            details["retry_in_seconds"] = round(wait, 3)
-        # a logger would take the trace of a CancelledError for its own task's end
-        exc_info = None if isinstance(error, CancelledError) else error
-        self.worker.log("warning", "event_handler_failed", **details, exc_info=exc_info)
-        if dead:
-            self.worker.log("error", "event_delivery_dead", **details)
-        return _failure(delivery, error, DEAD if dead else RETRYING, wait)
+    # --- running ----------------------------------------------------------------------------------------------------
 
-    def _crash_loop(self, delivery: _Delivery) -> Failure:
-        attempts = delivery.attempt - 1
-        why = f"the worker ended while attempt {attempts} of {self.subscription.retry.max_attempts} ran: crash loop"
-        self.worker.log(
-            "error",
-            "event_delivery_dead",
-            event_type=delivery.row.type,
-            event_id=str(delivery.row.event_id),
-            handler_name=self.subscription.handler_name,
-            error_type="Interrupted",
-            error_message=why,
-            subscription=self.subscription.name,
-            attempt=attempts,
-        )
-        return Failure(delivery.row, DEAD, attempts, None, "Interrupted", why)
+    def pump(self) -> None:
+        """Begin what may begin, with the next turn of the loop."""
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump, context=Context())
 
-    def _report_unreadable(self, delivery: _Delivery, error: Exception, state: str) -> None:
-        if state == WAITING and delivery.exceptional:
-            return  # said when it was met first
-        self.worker.log(
-            "error" if state == DEAD else "warning",
-            "event_undecodable" if state == DEAD else "event_unknown",
-            event_type=delivery.row.type,
-            event_id=str(delivery.row.event_id),
-            subscription=self.subscription.name,
-            error_type=type(error).__name__,
-            error_message=message_of(error),
-            state=state,
-        )
+    def pump_in(self, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self.pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        if self.stopping:
+            return
+        if self._careful_one is not None or self._careful:
+            self._begin_careful()
+            return
+        for lane in self.lanes.values():
+            if lane.due and self.free > 0 and lane.may_take_due:
+                self.spawn(self._take_due(lane))
+        left = TURN
+        begun = True
+        while begun and left > 0 and self.free > 0 and not self._careful:
+            begun = False
+            for share in self.shares.values():
+                if share.queue:
+                    number = share.begin_some(self, min(16, left))
+                    left -= number
+                    begun = begun or number > 0
+                    if left <= 0 or self.free <= 0 or self._careful:
+                        break
+        if left <= 0 and self.free > 0:
+            self.pump()
+
+    async def _take_due(self, lane: Lane) -> None:
+        try:
+            await lane.take_due()
+        except LeaseLost:
+            self.lose(lane)
+        except self.store.errors as error:
+            lane.due = True
+            await self.pause_after(error, 1)
+            self.pump()
+        except Exception as error:
+            self.lose(lane, error)
+        else:
+            if lane.due:  # again, meanwhile
+                self.pump()
+            elif not lane.active:
+                self.settled.set()
+
+    # --- carefully --------------------------------------------------------------------------------------------------
+
+    def later_carefully(self, lane: Lane, delivery: Delivery) -> None:
+        """Take over a delivery that may have ended a worker before."""
+        lane.set_aside.add(delivery.position)
+        self._careful.append((lane, delivery))
+        self.pump()
+
+    def _begin_careful(self) -> None:
+        """Run the next of them once nothing else runs: an attempt that ran alone is to blame if the process ends."""
+        if self._careful_one is None and self.free == self.in_flight:
+            lane, delivery = self._careful.popleft()
+            self._careful_one = self.spawn(self._carefully(lane, delivery))
+
+    async def _carefully(self, lane: Lane, delivery: Delivery) -> None:
+        try:
+            await self._with_database(lambda: lane.record_alone(delivery))
+            if not lane.lost and not self.stopping:
+                delivery.waiter = asyncio.get_running_loop().create_future()
+                lane.begin_now(delivery)
+                await delivery.waiter
+        except LeaseLost:
+            self.lose(lane)
+        except Exception as error:
+            self.lose(lane, error)
+        finally:
+            self._careful_one = None
+            self.pump()
 
     # --- settling ---------------------------------------------------------------------------------------------------
 
+    def to_settle(self, lane: Lane) -> None:
+        """The first delivery of this lane has ended since it was settled."""
+        self._ready.append(lane)
+        self._something_ready.set()
+
+    def has_stored(self) -> None:
+        """Deliveries were settled by their own transactions."""
+        self.settled.set()
+        self.pump()
+
     async def _settle(self) -> None:
-        while True:
-            await self._something_ready.wait()
-            self._something_ready.clear()
-            batch, self._ready = self._ready, []
-            if batch:
-                await self._with_database(partial(self._commit, batch))
-                if any(delivery.failure is not None for delivery in batch):
-                    self._retry.set()
-                self.worker.settled.set()
+        await self._something_ready.wait()
+        async with self._turn:
+            await self._settle_ready()
+        self.settled.set()
+        self.pump()
 
-    async def _commit(self, batch: Sequence[_Delivery]) -> None:
-        async with self._settling:
-            async with self.store.writing() as connection:
-                await self.store.fence(connection, self.cursor)
-                if any(delivery.in_doubt and not delivery.stored for delivery in batch):
-                    done = await self.store.done_now(connection, self.cursor)
-                    for delivery in batch:
-                        if delivery.in_doubt and delivery.row.position in done:  # only COMMIT's answer was lost
-                            delivery.stored, delivery.failure = True, None
-                succeeded = [d for d in batch if d.failure is None and not d.stored]
-                if succeeded:
-                    await self.store.mark_done(connection, self.cursor, [d.row.position for d in succeeded])
-                await self.store.forget(connection, self.cursor, [d.row.position for d in succeeded if d.exceptional])
-                failures = [d.failure for d in batch if d.failure is not None]
-                await self.store.keep_failures(connection, self.cursor, failures)
-                await self.store.remember(connection, self.cursor, self.worker.id, [_entry(d) for d in batch])
-            self.cursor.done.update(d.row.position for d in batch if d.failure is None)
-            for delivery in batch:
-                delivery.settled.set_result(None)
+    async def _settle_ready(self) -> None:
+        self._something_ready.clear()
+        ready, self._ready = self._ready, []
+        plain = {lane: lane.take_ready() for lane in ready if lane.plain and not lane.lost}
+        if plain:
+            await self._settle_plain(plain)
+        for lane in ready:
+            if lane not in plain:
+                await self._settle_lane(lane, lane.take_ready())
+
+    async def _settle_plain(self, ended: dict[Lane, list[Delivery]]) -> None:
+        """Settle what has succeeded at the first attempt, for all lanes in one statement."""
+        failures = 0
+        held: set[LaneKey] | None = None
+        moves: list[Move] = []
+        while held is None:
+            ended = {lane: batch for lane, batch in ended.items() if not lane.lost}
+            if not ended:
+                return
+            moves = [lane.plan(batch) for lane, batch in ended.items()]
+            try:
+                held = await self.store.settle(moves, self.id, self.remembered(ended.items()))
+            except self.store.errors as error:
+                failures += 1
+                if self.stopping and failures > 3:
+                    raise CancelledError from error
+                await self.pause_after(error, failures)
+        for (lane, batch), move in zip(ended.items(), moves, strict=True):
+            if lane.lost:
+                continue
+            if lane.cursor.key in held:
+                lane.settle(batch, move)
+            else:
+                self.lose(lane)
+
+    async def _settle_lane(self, lane: Lane, batch: list[Delivery], running: Sequence[Delivery] = ()) -> None:
+        if lane.lost:
+            return
+        try:
+            await self._with_database(lambda: lane.commit(batch, running))
+        except LeaseLost:
+            self.lose(lane)
+            return
+        except CancelledError:
+            raise
+        except Exception as error:
+            self.lose(lane, error)
+            return
+        for delivery in batch:
+            if delivery.failure is not None and delivery.failure.next_in is not None:
+                self._due_in(lane, delivery.failure.next_in)
+        if lane.due:
+            self.pump()
+
+    def _due_in(self, lane: Lane, seconds: float) -> None:
+        def now() -> None:
+            lane.due = True
+            self.pump()
+
+        asyncio.get_running_loop().call_later(min(seconds + 0.001, 3600.0), now)
+
+    def remembered(self, ended: Iterable[tuple[Lane, Sequence[Delivery]]]) -> list[Remembered]:
+        """What was done, for the history: one row for each subscription."""
+        entries: dict[tuple[str, int], list[Any]] = {}
+        for lane, batch in ended:
+            calls = [d.entry() for d in batch if not d.parking and not d.stored]
+            if calls:
+                entries.setdefault((lane.name, lane.cursor.key.generation), []).extend(calls)
+        return [Remembered(*key, calls) for key, calls in entries.items()]
+
+    async def _sweep(self) -> None:
+        """What is not urgent: exceptions for what runs long, idle cursors."""
+        await asyncio.sleep(LONG / 4)
+        async with self._turn:
+            await self._sweep_lanes()
+
+    async def _sweep_lanes(self) -> None:
+        now = time.perf_counter()
+        for lane in list(self.lanes.values()):
+            if not lane.lost and (running := lane.long_running(now, LONG)):
+                await self._settle_lane(lane, [], running)
+        for lane in list(self.lanes.values()):
+            if lane.unsaved_since is not None and time.monotonic() - lane.unsaved_since > UNSAVED:
+                try:
+                    await lane.save()
+                except LeaseLost:
+                    self.lose(lane)
 
 
-def _entry(delivery: _Delivery) -> Entry:
-    return Entry(
-        delivery.row.position,
-        delivery.row.event_id,
-        delivery.started_at,
-        round(delivery.seconds, 6),
-        delivery.attempt,
-        "succeeded" if delivery.failure is None else delivery.failure.state,
-    )
+async def happens(event: Event, within: float) -> None:
+    """Wait for it, so many seconds at most. (`wait_for` of Python 3.11 may swallow a cancellation.)"""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within):
+            await event.wait()
 
 
-def _unsettled(delivery: _Delivery) -> Failure:
-    """The exception of a delivery that runs, or that a stop cut short: that attempt is not used."""
-    if delivery.cut_short:
-        return Failure(delivery.row, RETRYING, delivery.attempt - 1, 0.0, "Interrupted", "the worker was stopped")
-    return Failure(delivery.row, RUNNING, delivery.attempt, None)
+def max_place(store: Store, one: Any, other: Any) -> Any:
+    return one if store.is_later(one, other) else other
 
 
-def _failure(
-    delivery: _Delivery, error: BaseException, state: str, next_in: float | None, *, attempts: int | None = None
-) -> Failure:
-    used = delivery.attempt if attempts is None else attempts
-    return Failure(delivery.row, state, used, next_in, type(error).__name__, message_of(error)[:4000], trace_of(error))
+def _types(shares: Iterable[Share]) -> frozenset[str] | None:
+    """The stored types that these subscriptions hear; None for all."""
+    names: set[str] = set()
+    for share in shares:
+        if DomainEvent in share.subscription.event_types:
+            return None
+        for cls in share.subscription.event_types:
+            names.update((cls.__event__.name, *cls.__event__.aliases))
+    return frozenset(names)
+
+
+def _fair_share(name: str, lanes: int, workers: Sequence[UUID], me: UUID) -> int:
+    """How many lanes of a subscription are mine: they are dealt out, from a worker on that depends on its name."""
+    order = sorted(workers)
+    turn = (order.index(me) + sum(name.encode())) % len(order)
+    return lanes // len(order) + (turn < lanes % len(order))
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -736,11 +777,3 @@ def _is_refusal(error: Exception) -> bool:
 
 
 _PASSING: Final = ("locked", "full", "disk I/O", "unable to open", "interrupted")
-
-
-def _lost_a_race(error: DBAPIError) -> bool:
-    """Whether running the transaction again may succeed: serialization failure, deadlock, SQLite's busy states."""
-    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    if state in ("40001", "40P01"):
-        return True
-    return "database is locked" in str(error.orig)

@@ -23,6 +23,7 @@ CREATE TABLE whereupon_log (
     version integer NOT NULL,
     payload bytea NOT NULL,
     headers text NOT NULL,
+    keys text,
     ran jsonb,
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
@@ -31,24 +32,41 @@ CREATE INDEX whereupon_log_tx_id ON whereupon_log (tx_id, position);
 
 CREATE INDEX whereupon_log_event_id ON whereupon_log (event_id);
 
+CREATE TABLE whereupon_process (
+    id uuid PRIMARY KEY,
+    lease_until timestamptz NOT NULL,
+    in_flight integer NOT NULL,
+    host text NOT NULL,
+    pid integer NOT NULL,
+    serves text NOT NULL DEFAULT '[]',
+    started_at timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (fillfactor = 50);
+
+CREATE TABLE whereupon_subscription (
+    name text PRIMARY KEY,
+    lanes smallint NOT NULL,
+    ordered_by text,
+    paused boolean NOT NULL DEFAULT false,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
 CREATE TABLE whereupon_cursor (
     subscription text NOT NULL,
+    generation integer NOT NULL DEFAULT 0,
     lane smallint NOT NULL,
     snapshot pg_snapshot NOT NULL,
     target pg_snapshot,
     page bigint NOT NULL DEFAULT 0,
     done bigint[] NOT NULL DEFAULT '{}',
     owner uuid,
-    lease_until timestamptz,
     token bigint NOT NULL DEFAULT 0,
-    paused boolean NOT NULL DEFAULT false,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (subscription, lane)
+    PRIMARY KEY (subscription, generation, lane)
 ) WITH (fillfactor = 25, autovacuum_vacuum_threshold = 50, autovacuum_vacuum_scale_factor = 0);
 
 CREATE TABLE whereupon_exception (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     subscription text NOT NULL,
+    generation integer NOT NULL DEFAULT 0,
     lane smallint NOT NULL,
     position bigint NOT NULL,
     event_id uuid NOT NULL,
@@ -56,24 +74,33 @@ CREATE TABLE whereupon_exception (
     version integer NOT NULL,
     payload bytea NOT NULL,
     headers text NOT NULL,
+    keys text,
+    key text,
     state varchar(20) NOT NULL,
     attempts integer NOT NULL,
+    alone boolean NOT NULL DEFAULT false,
     next_at timestamptz,
     error_type text,
     error_message text,
     traceback text,
     recorded_at timestamptz NOT NULL,
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    UNIQUE (subscription, position)
+    UNIQUE (subscription, generation, position)
 );
 
-CREATE INDEX whereupon_exception_due ON whereupon_exception (subscription, next_at) WHERE next_at IS NOT NULL;
+CREATE INDEX whereupon_exception_due ON whereupon_exception (next_at) WHERE next_at IS NOT NULL;
+
+CREATE INDEX whereupon_exception_lane ON whereupon_exception (subscription, generation, lane, state, next_at);
+
+CREATE INDEX whereupon_exception_key ON whereupon_exception (subscription, generation, lane, key, id)
+    WHERE key IS NOT NULL;
 
 CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
 CREATE TABLE whereupon_history (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     subscription text NOT NULL,
+    generation integer NOT NULL DEFAULT 0,
     worker uuid NOT NULL,
     first_position bigint NOT NULL,
     last_position bigint NOT NULL,
@@ -134,28 +161,46 @@ CREATE TABLE whereupon_log (
     version INTEGER NOT NULL,
     payload BLOB NOT NULL,
     headers TEXT NOT NULL,
+    keys TEXT,
     ran JSON,
     recorded_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
 );
 
 CREATE INDEX whereupon_log_event_id ON whereupon_log (event_id);
 
+CREATE TABLE whereupon_process (
+    id CHAR(32) PRIMARY KEY,
+    lease_until DATETIME NOT NULL,
+    in_flight INTEGER NOT NULL,
+    host TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    serves TEXT NOT NULL DEFAULT '[]',
+    started_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
+);
+
+CREATE TABLE whereupon_subscription (
+    name TEXT PRIMARY KEY,
+    lanes SMALLINT NOT NULL,
+    ordered_by TEXT,
+    paused BOOLEAN NOT NULL DEFAULT 0,
+    created_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
+);
+
 CREATE TABLE whereupon_cursor (
     subscription TEXT NOT NULL,
+    generation INTEGER NOT NULL DEFAULT 0,
     lane SMALLINT NOT NULL,
     page INTEGER NOT NULL,
     done TEXT NOT NULL DEFAULT '[]',
     owner CHAR(32),
-    lease_until DATETIME,
     token INTEGER NOT NULL DEFAULT 0,
-    paused BOOLEAN NOT NULL DEFAULT 0,
-    created_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
-    PRIMARY KEY (subscription, lane)
+    PRIMARY KEY (subscription, generation, lane)
 );
 
 CREATE TABLE whereupon_exception (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     subscription TEXT NOT NULL,
+    generation INTEGER NOT NULL DEFAULT 0,
     lane SMALLINT NOT NULL,
     position INTEGER NOT NULL,
     event_id CHAR(32) NOT NULL,
@@ -163,24 +208,33 @@ CREATE TABLE whereupon_exception (
     version INTEGER NOT NULL,
     payload BLOB NOT NULL,
     headers TEXT NOT NULL,
+    keys TEXT,
+    key TEXT,
     state VARCHAR(20) NOT NULL,
     attempts INTEGER NOT NULL,
+    alone BOOLEAN NOT NULL DEFAULT 0,
     next_at DATETIME,
     error_type TEXT,
     error_message TEXT,
     traceback TEXT,
     recorded_at DATETIME NOT NULL,
     updated_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
-    UNIQUE (subscription, position)
+    UNIQUE (subscription, generation, position)
 );
 
-CREATE INDEX whereupon_exception_due ON whereupon_exception (subscription, next_at) WHERE next_at IS NOT NULL;
+CREATE INDEX whereupon_exception_due ON whereupon_exception (next_at) WHERE next_at IS NOT NULL;
+
+CREATE INDEX whereupon_exception_lane ON whereupon_exception (subscription, generation, lane, state, next_at);
+
+CREATE INDEX whereupon_exception_key ON whereupon_exception (subscription, generation, lane, key, id)
+    WHERE key IS NOT NULL;
 
 CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
 CREATE TABLE whereupon_history (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     subscription TEXT NOT NULL,
+    generation INTEGER NOT NULL DEFAULT 0,
     worker CHAR(32) NOT NULL,
     first_position INTEGER NOT NULL,
     last_position INTEGER NOT NULL,
@@ -244,7 +298,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("audit", "history", "exception", "cursor", "log", "meta"):
+    for table in ("audit", "history", "exception", "cursor", "subscription", "process", "log", "meta"):
         op.drop_table(f"whereupon_{table}")
     if op.get_context().dialect.name == "postgresql":
         op.execute("DROP FUNCTION whereupon_audit_refuses()")

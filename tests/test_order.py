@@ -1,0 +1,340 @@
+"""Events of one key are delivered one at a time, in the order of publishing, across lanes and workers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import event as sqlalchemy_events
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from whereupon import Discard, DomainEvent, EventBus, EventContext, Retry
+from whereupon.errors import SubscriptionError
+
+pytestmark = pytest.mark.integration
+
+AT_ONCE = Retry(max_attempts=4, first=0)
+
+
+class PageTurned(DomainEvent):
+    book: str
+    number: int
+
+
+class BookClosed(DomainEvent):
+    title: str
+
+
+@pytest.fixture
+async def buses(database_url: str) -> AsyncIterator[tuple[EventBus, EventBus]]:
+    """Two processes' worth of buses on one database, neither entered."""
+    pair = tuple(EventBus(database_url, create_tables=True, poll_interval=0.05, lease=1) for _ in range(2))
+    await pair[0].create_tables()
+    async with pair[0].engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE page (book TEXT NOT NULL, number INTEGER NOT NULL)"))
+    yield pair[0], pair[1]
+    for bus in pair:
+        await bus.engine.dispose()
+
+
+async def turn(bus: EventBus, *pages: tuple[str, int]) -> list[PageTurned]:
+    events = [PageTurned(book=book, number=number) for book, number in pages]
+    async with AsyncSession(bus.engine) as session, session.begin():
+        await bus.publish(*events, session=session)
+    return events
+
+
+async def states(bus: EventBus, events: list[PageTurned]) -> list[str]:
+    found = {state.event_id: state.state for state in await bus.deliveries(*(event.event_id for event in events))}
+    return [found[event.event_id] for event in events]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_order_holds_through_failures_slow_handlers_takeovers_and_stops(
+    buses: tuple[EventBus, EventBus], seed: int
+) -> None:
+    first, second = buses
+    chance = random.Random(seed)
+    numbers = {book: iter(range(10_000)) for book in "abcdefgh"}
+    succeeded: dict[str, list[int]] = defaultdict(list)
+    running: set[str] = set()
+    overlaps: list[str] = []
+
+    for bus in buses:
+
+        @bus.subscribe(PageTurned, name="reader", ordered_by="book", retry=Retry(max_attempts=50, first=0), lanes=3)
+        async def reader(event: PageTurned, context: EventContext) -> None:
+            if event.book in running:
+                overlaps.append(event.book)
+            running.add(event.book)
+            try:
+                await asyncio.sleep(1.3 if chance.random() < 0.01 else chance.choice([0, 0, 0.003]))
+                if chance.random() < 0.15:
+                    raise RuntimeError
+                succeeded[event.book].append(event.number)
+            finally:
+                running.discard(event.book)
+
+    published: list[PageTurned] = []
+    async with first:
+        async with second:
+            for _ in range(30):
+                books = chance.choices("abcdefgh", k=5)
+                published += await turn(chance.choice(buses), *((book, next(numbers[book])) for book in books))
+                if chance.random() < 0.1:
+                    await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
+        for book in "abcd":  # the second has stopped: the first has all lanes now
+            published += await turn(first, (book, next(numbers[book])))
+        await first.wait_settled(published, 60)
+    expected = defaultdict(list)
+    for event in published:
+        expected[event.book].append(event.number)
+    # a clean hand-over waits for what runs, so nothing is delivered twice, and nothing overlaps
+    assert succeeded == expected
+    assert overlaps == []
+
+
+async def test_what_follows_a_dead_head_waits_and_other_keys_go_on(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+    heard: list[tuple[str, int]] = []
+
+    @bus.subscribe(PageTurned, name="reader", ordered_by="book", retry=AT_ONCE, lanes=1)
+    async def reader(event: PageTurned) -> None:
+        if (event.book, event.number) == ("torn", 1):
+            raise RuntimeError("a page is missing")
+        heard.append((event.book, event.number))
+
+    async with bus:
+        events = await turn(bus, ("torn", 0), ("torn", 1), ("torn", 2), ("whole", 0), ("torn", 3), ("whole", 1))
+        await bus.drain(20)
+        assert await states(bus, events) == ["succeeded", "dead", "parked", "succeeded", "parked", "succeeded"]
+        later = await turn(bus, ("torn", 4), ("whole", 2))
+        await bus.drain(20)
+        assert await states(bus, later) == ["parked", "succeeded"]
+    assert heard == [("torn", 0), ("whole", 0), ("whole", 1), ("whole", 2)]
+
+
+async def test_the_next_owner_of_a_lane_knows_which_keys_are_blocked(buses: tuple[EventBus, EventBus]) -> None:
+    first, second = buses
+    heard: list[int] = []
+    for bus in buses:
+
+        @bus.subscribe(PageTurned, name="reader", ordered_by="book", retry=Retry(max_attempts=1))
+        async def reader(event: PageTurned) -> None:
+            if event.number == 0:
+                raise RuntimeError
+            heard.append(event.number)
+
+    async with first:
+        await turn(first, ("torn", 0))
+        await first.drain(20)
+    async with second:
+        events = await turn(second, ("torn", 1))
+        await second.drain(20)
+        assert await states(second, events) == ["parked"]
+    assert heard == []
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_what_waits_behind_a_retry_follows_it_in_order(
+    buses: tuple[EventBus, EventBus], transactional: bool
+) -> None:
+    bus, _ = buses
+    heard: list[int] = []
+
+    async def read(event: PageTurned, attempt: int) -> None:
+        if event.number == 0 and attempt < 3:
+            raise RuntimeError
+        heard.append(event.number)
+
+    if transactional:
+
+        @bus.subscribe(PageTurned, name="reader", ordered_by="book", retry=Retry(first=0.05))
+        async def in_transaction(event: PageTurned, session: AsyncSession, context: EventContext) -> None:
+            await read(event, context.attempt)
+    else:
+
+        @bus.subscribe(PageTurned, name="reader", ordered_by="book", retry=Retry(first=0.05))
+        async def outside(event: PageTurned, context: EventContext) -> None:
+            await read(event, context.attempt)
+
+    async with bus:
+        events = await turn(bus, *(("torn", number) for number in range(6)))
+        await bus.wait_settled(events, 20)
+        later = await turn(bus, ("torn", 6))
+        await bus.wait_settled(later, 20)
+        async with bus.engine.connect() as connection:
+            assert await connection.scalar(text("SELECT count(*) FROM whereupon_exception")) == 0
+    assert heard == list(range(7))
+
+
+async def test_what_is_given_up_by_its_handler_lets_its_key_go_on(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+    heard: list[int] = []
+
+    @bus.subscribe(PageTurned, name="reader", ordered_by="book")
+    async def reader(event: PageTurned) -> None:
+        if event.number == 1:
+            raise Discard("nothing on it")
+        heard.append(event.number)
+
+    async with bus:
+        events = await turn(bus, *(("torn", number) for number in range(4)))
+        await bus.drain(20)
+        assert await states(bus, events) == ["succeeded", "skipped", "succeeded", "succeeded"]
+    assert heard == [0, 2, 3]
+
+
+async def test_a_slow_head_holds_its_key_and_nothing_else(buses: tuple[EventBus, EventBus]) -> None:
+    """After a second it becomes an exception, so the lane goes on; what follows it waits nevertheless."""
+    bus, _ = buses
+    heard: list[tuple[str, int]] = []
+    go_on = asyncio.Event()
+
+    @bus.subscribe(PageTurned, name="reader", ordered_by="book", lanes=1)
+    async def reader(event: PageTurned) -> None:
+        if (event.book, event.number) == ("slow", 0):
+            await go_on.wait()
+        heard.append((event.book, event.number))
+
+    async with bus:
+        events = await turn(bus, ("slow", 0), ("slow", 1), ("quick", 0))
+        async with asyncio.timeout(10):
+            while await states(bus, events) != ["running", "parked", "succeeded"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        more = await turn(bus, ("slow", 2), ("quick", 1))
+        await bus.wait_settled(more[1:], 10)
+        assert heard == [("quick", 0), ("quick", 1)]
+        go_on.set()
+        await bus.wait_settled([*events, *more], 10)
+    assert heard == [("quick", 0), ("quick", 1), ("slow", 0), ("slow", 1), ("slow", 2)]
+
+
+async def test_subscriptions_may_order_the_same_events_by_different_fields(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+    by_book: dict[str, list[int]] = defaultdict(list)
+    by_number: dict[int, list[str]] = defaultdict(list)
+
+    @bus.subscribe(PageTurned, ordered_by="book", lanes=3)
+    async def books(event: PageTurned) -> None:
+        await asyncio.sleep(random.uniform(0, 0.004))
+        by_book[event.book].append(event.number)
+
+    @bus.subscribe(PageTurned, ordered_by="number", lanes=2)
+    async def numbers(event: PageTurned) -> None:
+        await asyncio.sleep(random.uniform(0, 0.004))
+        by_number[event.number].append(event.book)
+
+    async with bus:
+        events = await turn(bus, *((book, number) for number in range(10) for book in "abcd"))
+        await bus.wait_settled(events, 20)
+    assert by_book == {book: list(range(10)) for book in "abcd"}
+    assert by_number == {number: list("abcd") for number in range(10)}
+
+
+async def test_events_published_by_a_build_that_stored_no_keys_are_ordered_by_what_they_hold(
+    buses: tuple[EventBus, EventBus],
+) -> None:
+    bus, old = buses  # the old build knows the event, and not that somebody orders it
+    heard: dict[str, list[int]] = defaultdict(list)
+
+    @bus.subscribe(PageTurned, name="reader", ordered_by="book")
+    async def reader(event: PageTurned) -> None:
+        await asyncio.sleep(random.uniform(0, 0.004))
+        heard[event.book].append(event.number)
+
+    async with bus:
+        events = await turn(old, *((book, number) for number in range(10) for book in "abc"))
+        await bus.wait_settled(events, 20)
+    assert heard == {book: list(range(10)) for book in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ordered_by": "title"}, "PageTurned has no such field: it has .*book, number"),
+        ({"lanes": 0}, "lanes=0: it is into how many shares it is split, 1 to 1024"),
+        ({"batch": 3}, "only deliveries in transactions can share one"),
+        ({"rate": 0}, "rate=0: it is deliveries a second, more than 0"),
+        ({"delivery": "after_commit", "ordered_by": "book"}, "where it can't wait"),
+    ],
+)
+def test_what_can_not_be_shared_or_ordered_is_refused(sqlite_url: str, options: dict[str, object], reason: str) -> None:
+    async def reader(event: PageTurned) -> None: ...
+
+    with pytest.raises(SubscriptionError, match=reason):
+        EventBus(sqlite_url).subscribe(PageTurned, reader, **options)  # type: ignore[call-overload]
+
+
+async def test_a_handler_of_everything_can_not_be_ordered(sqlite_url: str) -> None:
+    async def reader(event: DomainEvent) -> None: ...
+
+    with pytest.raises(SubscriptionError, match="hears everything, and not every event has a field 'book'"):
+        EventBus(sqlite_url).subscribe(DomainEvent, reader, ordered_by="book")
+
+
+# --- sharing a transaction, and a rate --------------------------------------------------------------------------------
+
+
+async def test_deliveries_of_a_batch_share_a_transaction_and_a_bad_one_costs_only_itself(
+    buses: tuple[EventBus, EventBus],
+) -> None:
+    bus, _ = buses
+    calls = Counter[int]()
+    sessions: set[int] = set()
+    kept: list[AsyncSession] = []
+
+    @bus.subscribe(PageTurned, name="reader", batch=20, lanes=1, retry=Retry(max_attempts=2, first=0))
+    async def reader(event: PageTurned, session: AsyncSession) -> None:
+        calls[event.number] += 1
+        sessions.add(id(session))
+        kept.append(session)  # so that no id is used again
+        await session.execute(
+            text("INSERT INTO page VALUES (:book, :number)"), {"book": event.book, "number": event.number}
+        )
+        if event.number == 7:
+            raise RuntimeError
+
+    await bus.start(deliver=False)
+    events = await turn(bus, *(("a", number) for number in range(40)))
+    await bus.close()
+    commits = 0
+
+    def count(*_: object) -> None:
+        nonlocal commits
+        commits += 1
+
+    sqlalchemy_events.listen(bus.engine.sync_engine, "commit", count)
+    async with bus:
+        await bus.drain(20)
+        found = await states(bus, events)
+        async with bus.engine.connect() as connection:
+            written = list(await connection.scalars(text("SELECT number FROM page ORDER BY number")))
+    assert found == ["dead" if number == 7 else "succeeded" for number in range(40)]
+    assert written == [number for number in range(40) if number != 7]
+    assert calls == Counter({number: 1 + (number == 7) for number in range(40)})
+    assert len(sessions) == 41
+    assert commits <= 5
+
+
+async def test_a_rate_bounds_how_many_begin(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+    began: list[float] = []
+
+    @bus.subscribe(PageTurned, name="reader", rate=40, lanes=2)
+    async def reader(event: PageTurned) -> None:
+        began.append(asyncio.get_running_loop().time())
+
+    async with bus:
+        await bus.drain(10)
+        events = await turn(bus, *(("a", number) for number in range(100)))
+        await bus.wait_settled(events, 30)
+    # what had gathered while it was idle is one second's worth at most
+    assert len(began) == 100
+    assert began[-1] - began[0] > (100 - 40) / 40 * 0.9
