@@ -289,7 +289,8 @@ class SQLiteStore(Store):
 
     async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
         query = text(
-            "SELECT l.event_id, l.type, l.position, l.keys, l.ran, c.subscription, c.lane, s.lanes, s.ordered_by, "
+            "SELECT l.event_id, l.type, l.position, l.keys, l.ran, l.version, CAST(l.payload AS BLOB) AS payload, "
+            "c.subscription, c.lane, s.lanes, s.ordered_by, "
             "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past, "
             "l.recorded_at < s.created_at AS older "
             "FROM whereupon_log l CROSS JOIN whereupon_cursor c "
@@ -302,7 +303,7 @@ class SQLiteStore(Store):
                 Passed(
                     UUID(row.event_id), row.type, row.position, row.keys,
                     [] if row.ran is None else msgspec.json.decode(row.ran, type=list[str]),
-                    row.subscription, row.lane, row.lanes, row.ordered_by, bool(row.past), bool(row.older),
+                    row.version, row.payload, row.subscription, row.lane, row.lanes, row.ordered_by, bool(row.past), bool(row.older),
                 )
                 for row in rows
             ]  # fmt: skip

@@ -38,6 +38,7 @@ from whereupon.context import Metadata, encode_metadata, handling, metadata_for
 from whereupon.errors import (
     BusStateError,
     Discard,
+    EventDecodingError,
     ForeignSessionError,
     PublishError,
     RetryLater,
@@ -56,6 +57,7 @@ from whereupon.store import (
     DeliveryState,
     Failure,
     LaneKey,
+    Passed,
     Record,
     Row,
     Store,
@@ -628,10 +630,19 @@ class EventBus(Subscribing):
         """What became of these events, for each subscription of this bus that hears them, in the order of the log."""
         self._check_loop()
         await self._ready()
-        return await self._store.deliveries(event_ids, self._heard())
+        return await self._store.deliveries(event_ids, self._heard(), key_inside=self._key_inside)
 
     def _heard(self) -> Mapping[str, Sequence[str]]:
         return _Heard(self)
+
+    def _key_inside(self, passed: Passed) -> str | None:
+        cls = self.class_of(passed.type)
+        if cls is None or passed.ordered_by is None:
+            return None
+        try:
+            return key_of(self._codec.decode(cls, passed.version, passed.payload), passed.ordered_by)
+        except (EventDecodingError, AttributeError):
+            return None  # such an event is in the first lane, as a dead letter
 
     async def wait_settled(self, events: Sequence[DomainEvent], timeout: float | None) -> None:
         """Wait until these events are settled for every subscription; see `DurableReceipt.settled`."""
@@ -648,7 +659,9 @@ class EventBus(Subscribing):
                 self._check_loop()
                 await self._ready()
                 while True:
-                    found = await self._store.deliveries(list(expected), self._heard(), calls_too=False)
+                    found = await self._store.deliveries(
+                        list(expected), self._heard(), key_inside=self._key_inside, calls_too=False
+                    )
                     open_ = [f"{s.subscription} ({s.state})" for s in found if s.state in OPEN]
                     if not open_ and expected == {state.event_id for state in found}:
                         return

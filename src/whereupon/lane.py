@@ -364,6 +364,11 @@ class Lane:
         """Whether nothing is left to be done of what was read."""
         return not (self.active or self.due or self.order or self.set_aside or self._taking_due)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it has begun."""
+        return not (self.active or self._taking_due)
+
     # --- from the log -----------------------------------------------------------------------------------------------
 
     def offer(self, logged: Logged, key: str | None) -> None:
@@ -397,10 +402,10 @@ class Lane:
         """Make it the head of its key, or have it wait behind that."""
         key = delivery.key
         assert key is not None
-        if self.blocked.get(key) or self.blocking.get(key):
-            self._park(delivery)
-        elif (chain := self.chains.get(key)) is not None:
+        if (chain := self.chains.get(key)) is not None:
             chain.append(delivery)
+        elif self.blocked.get(key) or self.blocking.get(key):
+            self._park(delivery)
         else:
             self.chains[key] = deque()
             delivery.head = True
@@ -424,7 +429,7 @@ class Lane:
         if blocks:
             self.blocking[key] = self.blocking.get(key, 0) + 1
         chain = self.chains.pop(key, None)
-        if not chain:
+        if not chain or self.releasing:  # the next owner reads them again
             return
         if blocks or self.blocked.get(key):
             for follower in chain:
@@ -499,9 +504,9 @@ class Lane:
         delivery.ended = True
         delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
         self.share.free += 1
+        self.to_settle(delivery)  # before those that are to wait for it: the head of a key is the first to arrive
         if delivery.key is not None:
             self._next_of(delivery)
-        self.to_settle(delivery)
 
     def to_settle(self, delivery: Delivery) -> None:
         """It has ended, and what became of it is to be committed."""
@@ -897,16 +902,13 @@ class Lane:
     def long_running(self, now: float, longest: float) -> list[Delivery]:
         """Deliveries that hold the cursor up for longer than that, and what waits behind them in order of a key."""
         found = []
-        for delivery in self.active:
-            if delivery.exceptional or delivery.ended or now - delivery.began < longest:
-                continue
-            found.append(delivery)
-        for delivery in found:
-            if delivery.key is not None:
-                for follower in self.chains.get(delivery.key, ()):
+        for delivery in [d for d in self.active if not (d.ended or d.parking) and now - d.began >= longest]:
+            if not delivery.exceptional:
+                found.append(delivery)
+            if delivery.head and delivery.key is not None and (chain := self.chains.get(delivery.key)):
+                self.chains[delivery.key] = deque()  # what arrives while it runs is parked after these
+                for follower in chain:
                     self._park(follower)
-                if delivery.key in self.chains:
-                    self.chains[delivery.key] = deque()
         return found
 
     # --- retries ----------------------------------------------------------------------------------------------------

@@ -220,6 +220,8 @@ class Passed(NamedTuple):
     position: int
     keys: str | None
     ran: list[str]
+    version: int
+    payload: bytes
     subscription: str
     lane: int
     lanes: int
@@ -229,11 +231,13 @@ class Passed(NamedTuple):
     older: bool
     """Whether the event was written before the subscription was registered."""
 
-    def own_lane(self) -> int | None:
-        """The lane that the event belongs to, or None if only a worker that decodes it can tell."""
+    def own_lane(self, key_inside: Callable[[Passed], str | None]) -> int | None:
+        """The lane that the event belongs to, or None if its key was not stored, nor can be found inside it."""
         if self.ordered_by is None:
             return lane_of(None, self.position, self.lanes)
         key = key_in(self.keys, self.ordered_by)
+        if key is None:
+            key = key_inside(self)
         return None if key is None else lane_of(key, self.position, self.lanes)
 
 
@@ -674,18 +678,24 @@ class Store(abc.ABC):
         """For each event and lane: what is known of the event there."""
 
     async def deliveries(
-        self, event_ids: Sequence[UUID], heard: Mapping[str, Sequence[str]], *, calls_too: bool = True
+        self,
+        event_ids: Sequence[UUID],
+        heard: Mapping[str, Sequence[str]],
+        *,
+        key_inside: Callable[[Passed], str | None] = lambda _: None,
+        calls_too: bool = True,
     ) -> list[DeliveryState]:
         """The state of each delivery of these events to the subscriptions in `heard` under the event's stored type.
 
         A subscription that was registered after the event was never owed it, and is left out. Without `calls_too` the
-        history is left alone: that is not told then, nor when and how long.
+        history is left alone: that is not told then, nor when and how long. `key_inside` finds, by decoding it, the key
+        of an event whose publisher did not know that somebody orders by it.
         """
         facts: dict[tuple[UUID, str], Passed] = {}
         for passed in await self.passed(event_ids):
             if passed.subscription not in heard.get(passed.type, ()):
                 continue
-            lane = passed.own_lane()
+            lane = passed.own_lane(key_inside)
             known = facts.get((passed.event_id, passed.subscription))
             if lane is None and known is not None:
                 passed = passed._replace(past=passed.past and known.past)

@@ -350,7 +350,7 @@ class Worker:
             self.spawn(self._hand_over(lane))
 
     async def _hand_over(self, lane: Lane) -> None:
-        while lane.active and not lane.lost:
+        while not (lane.idle or lane.lost):
             self.settled.clear()
             await happens(self.settled, 0.05)
         if lane.lost:
@@ -544,6 +544,8 @@ class Worker:
                 await self.pause_after(error, failures)
                 continue
             failures = 0
+            if lane.lost or lane.releasing:
+                return
             self._offer_mine(lane, [Logged(row, page.window) for row in page.rows])
             lane.read_to(page.after)
             lane.gathering = False
