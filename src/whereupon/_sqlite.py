@@ -69,6 +69,9 @@ class SQLiteStore(Store):
         self._version: int | None = None
         self._next_at: dict[LaneKey, datetime] = {}
 
+    def use(self, engine: AsyncEngine) -> None:
+        self.own = engine.execution_options(whereupon_begins=True)  # else its BEGIN would come before ours
+
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """Takes the write lock at once: a transaction that reads first may find its snapshot stale when it writes."""
