@@ -34,8 +34,11 @@ async def on(url: str, work: Any) -> Any:
 
 
 async def tables(url: str) -> set[str]:
+    """The tables, without the partitions of the log."""
+
     def names(connection: Connection) -> set[str]:
-        return {name for name in inspect(connection).get_table_names() if not name.startswith("sqlite_")}
+        found = inspect(connection).get_table_names()
+        return {name for name in found if not name.startswith(("sqlite_", "whereupon_log_"))}
 
     found: set[str] = await on(url, names)
     return found

@@ -12,12 +12,18 @@ branch_labels = ("whereupon",)
 depends_on = None
 
 # One statement between two empty lines: drivers take them one at a time.
+#
+# The log of PostgreSQL is cut into ranges of positions, so that pruning drops tables. Workers make them ahead of the
+# sequence (whereupon.retention); what they did not make in time goes into the default one, so publishing needs none of
+# them. tx_id comes before position, and so do their defaults: whoever draws a position has its transaction's id by then.
 _POSTGRESQL = """
 CREATE TABLE whereupon_meta (key varchar(50) PRIMARY KEY, value text NOT NULL);
 
+CREATE SEQUENCE whereupon_log_position AS bigint CACHE 1;
+
 CREATE TABLE whereupon_log (
-    position bigint GENERATED ALWAYS AS IDENTITY (CACHE 1) PRIMARY KEY,
     tx_id xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    position bigint NOT NULL DEFAULT nextval('whereupon_log_position'),
     event_id uuid NOT NULL,
     type text NOT NULL,
     version integer NOT NULL,
@@ -25,8 +31,17 @@ CREATE TABLE whereupon_log (
     headers text NOT NULL,
     keys text,
     ran jsonb,
-    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp()
-);
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (position)
+) PARTITION BY RANGE (position);
+
+ALTER SEQUENCE whereupon_log_position OWNED BY whereupon_log.position;
+
+CREATE TABLE whereupon_log_default PARTITION OF whereupon_log DEFAULT;
+
+CREATE TABLE whereupon_log_1 PARTITION OF whereupon_log FOR VALUES FROM (1) TO (1000001);
+
+CREATE TABLE whereupon_log_1000001 PARTITION OF whereupon_log FOR VALUES FROM (1000001) TO (2000001);
 
 CREATE INDEX whereupon_log_tx_id ON whereupon_log (tx_id, position);
 
