@@ -61,6 +61,9 @@ class Place(NamedTuple):
 STALLED_MS: Final = 10_000
 """Milliseconds for which a session may idle while it holds a cursor's row locked, before the server ends it."""
 
+STRETCH: Final = 100_000
+"""Positions that are searched at once for the next page of a window."""
+
 _COLUMNS = (
     "l.position, l.event_id, l.type, l.version, l.payload, l.headers, l.keys, CAST(l.ran AS text) AS ran, l.recorded_at"
 )
@@ -73,9 +76,14 @@ def _snapshot(name: str) -> str:
     return f"(SELECT CAST(CAST(:{name} AS text) AS pg_snapshot))"
 
 
-# What transactions did that S1 did not see, in two parts: each has an index, while an OR of them may be a scan.
-_SINCE = "l.tx_id >= (SELECT pg_snapshot_xmax(CAST(CAST(:snapshot AS text) AS pg_snapshot)))"
-_LATE = "l.tx_id = ANY(ARRAY(SELECT pg_snapshot_xip(CAST(CAST(:snapshot AS text) AS pg_snapshot))))"
+# What transactions did that S1 did not see, in two parts: each has an index, while an OR of them may be a scan. Ordered
+# as the index is: the planner takes a third of the log for new, and would scan all of it for the first few of them
+# (of an EXISTS it would drop the order). Nothing that S1 did not see is at or below the floor: partitions that lie
+# there are left alone.
+_SINCE = "l.position > :floor AND l.tx_id >= (SELECT pg_snapshot_xmax(CAST(CAST(:snapshot AS text) AS pg_snapshot)))"
+_LATE = "l.position > :floor AND l.tx_id = late.tx_id"
+_LATE_IDS = "(SELECT pg_snapshot_xip(CAST(CAST(:snapshot AS text) AS pg_snapshot)) AS tx_id) AS late"
+_INDEXED = "ORDER BY l.tx_id, l.position"
 
 
 class PostgresStore(Store):
@@ -87,6 +95,8 @@ class PostgresStore(Store):
         self.upsert = postgresql.insert
         self._seen: str | None = None
         self._workers: str | None = None
+        self.marks: list[tuple[int, int]] = []
+        """Positions, each with a transaction id that is higher than that of any row up to there; see `retention`."""
         if engine.driver == "asyncpg":
             import asyncpg
 
@@ -108,6 +118,24 @@ class PostgresStore(Store):
         await super().prepare(create=create)
         with self.reaching():
             await self._read_clock()
+            async with self.reading() as connection:
+                await self.load_marks(connection)
+
+    async def load_marks(self, connection: AsyncConnection) -> None:
+        marks = await connection.scalar(text("SELECT value FROM whereupon_meta WHERE key = 'marks'"))
+        self.marks = [] if marks is None else msgspec.json.decode(marks, type=list[tuple[int, int]])
+
+    def floor(self, snapshot: str) -> int:
+        """A position up to which there is nothing, nor ever will be, that this snapshot does not see."""
+        oldest = int(snapshot.split(":", 1)[0])
+        return max((position for position, tx_id in self.marks if tx_id <= oldest), default=0)
+
+    async def exclusively(self, connection: AsyncConnection, name: str, *, wait: bool = True) -> bool:
+        key = {"name": f"whereupon {name}"}
+        if wait:
+            await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), key)
+            return True
+        return bool(await connection.scalar(text("SELECT pg_try_advisory_xact_lock(hashtext(:name))"), key))
 
     async def _read_clock(self) -> None:
         async with self.reading() as connection:
@@ -190,7 +218,10 @@ class PostgresStore(Store):
             text(
                 "SELECT x.subscription, x.generation, x.lane, x.position FROM whereupon_exception x "
                 "JOIN whereupon_cursor c ON c.subscription = x.subscription AND c.generation = x.generation "
-                "AND c.lane = x.lane JOIN whereupon_log l ON l.position = x.position "
+                # of each the row of the log by its key (OFFSET 0: never a join that reads the whole log); what is not
+                # there any more was passed by all
+                "AND c.lane = x.lane CROSS JOIN LATERAL (SELECT o.tx_id, o.position FROM whereupon_log o "
+                "WHERE o.position = x.position OFFSET 0) AS l "
                 "WHERE x.subscription = ANY(:names) AND NOT pg_visible_in_snapshot(l.tx_id, c.snapshot) "
                 "AND NOT (c.target IS NOT NULL AND pg_visible_in_snapshot(l.tx_id, c.target) AND l.position <= c.page)"
             ).bindparams(bindparam("names", type_=ARRAY(Text()))),
@@ -203,8 +234,10 @@ class PostgresStore(Store):
     async def read(self, place: Place, types: Sequence[str] | None, limit: int, toward: Place | None = None) -> Page:
         async with self.reading() as connection:
             if place.target is None:
+                floor = self.floor(place.snapshot)
                 parameters = {
                     "snapshot": place.snapshot,
+                    "floor": floor,
                     "limit": limit + 1,
                     "toward": None if toward is None else toward.snapshot,
                     "types": None if types is None else list(types),
@@ -216,24 +249,44 @@ class PostgresStore(Store):
                     rows.sort(key=lambda row: row.position)
                     return Page(rows, (place.snapshot, now), Place(now), toward is None)
                 # more than a page: from its least position on, which a late commit may have put far back
-                first = await connection.scalar(_FIRST, {"snapshot": place.snapshot, "target": now})
+                first = await connection.scalar(_FIRST, {"snapshot": place.snapshot, "target": now, "floor": floor})
                 place = Place(place.snapshot, now, first - 1)
-            page = await connection.execute(
-                _PAGE[types is None],
-                {
-                    "snapshot": place.snapshot,
-                    "target": place.target,
-                    "page": place.page,
-                    "limit": limit,
-                    "types": None if types is None else list(types),
-                },
-            )
-            rows = [Row(*row) for row in page]
+            rows = await self._next_of(connection, place, types, limit)
         assert place.target is not None
         ended = len(rows) < limit
         after = Place(place.target) if ended else Place(place.snapshot, place.target, rows[-1].position)
         # what was committed since the window was opened is not in it: the next read looks for that
         return Page(rows, (place.snapshot, place.target), after, False)
+
+    async def _next_of(
+        self, connection: AsyncConnection, place: Place, types: Sequence[str] | None, limit: int
+    ) -> list[Row]:
+        """The next `limit` rows of a paged window, or what is left of it.
+
+        Looked for in stretches: with no upper bound each partition beyond would be searched for its first one.
+        """
+        rows: list[Row] = []
+        after, stretch, last = place.page, STRETCH, None
+        while True:
+            page = await connection.execute(
+                _PAGE[types is None],
+                {
+                    "snapshot": place.snapshot,
+                    "target": place.target,
+                    "page": after,
+                    "end": after + stretch,
+                    "limit": limit - len(rows),
+                    "types": None if types is None else list(types),
+                },
+            )
+            rows += [Row(*row) for row in page]
+            after, stretch = after + stretch, 2 * stretch
+            if len(rows) == limit:
+                return rows
+            if last is None:  # later than the window: whatever it holds has a position by now
+                last = await connection.scalar(text("SELECT last_value FROM whereupon_log_position"))
+            if after >= last:
+                return rows
 
     def within(self, window: tuple[str, str], position: int) -> Place:
         return Place(*window, position)
@@ -245,7 +298,13 @@ class PostgresStore(Store):
         async with self.reading() as connection:
             row = (
                 await connection.execute(
-                    _PULSE, {"snapshot": self._seen or "1:1:", "owner": owner, "names": list(names)}
+                    _PULSE,
+                    {
+                        "snapshot": self._seen or "1:1:",
+                        "floor": 0 if self._seen is None else self.floor(self._seen),
+                        "owner": owner,
+                        "names": list(names),
+                    },
                 )
             ).one()
         grown, changed = self._seen is None or row.grown, row.workers != self._workers
@@ -362,20 +421,21 @@ def _window(now_is_target: bool, all_types: bool) -> TextClause:
     target = "pg_current_snapshot()" if now_is_target else _snapshot("toward")
     query = text(
         f"SELECT s.now, r.* FROM (SELECT CAST({target} AS text) AS now) s LEFT JOIN LATERAL ("
-        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} LIMIT :limit) UNION ALL "
-        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_LATE}{wanted} LIMIT :limit) LIMIT :limit) r ON true"
-    )
+        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} {_INDEXED} LIMIT :limit) UNION ALL "
+        f"(SELECT of_it.* FROM {_LATE_IDS} CROSS JOIN LATERAL (SELECT {_COLUMNS} FROM whereupon_log l "
+        f"WHERE {_LATE}{wanted} {_INDEXED} LIMIT :limit) of_it LIMIT :limit) LIMIT :limit) r ON true"
+    ).bindparams(bindparam("floor", type_=BigInteger()))
     return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
 
 
 def _page(all_types: bool) -> TextClause:
     """The next of a paged window. Its conditions but for the position fit no index: it is the primary key's to read."""
     query = text(
-        f"SELECT {_COLUMNS} FROM whereupon_log l WHERE l.position > :page "
+        f"SELECT {_COLUMNS} FROM whereupon_log l WHERE l.position > :page AND l.position <= :end "
         f"AND NOT pg_visible_in_snapshot(l.tx_id, {_snapshot('snapshot')}) "
         f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')})"
         f"{'' if all_types else ' AND l.type = ANY(:types)'} ORDER BY l.position LIMIT :limit"
-    )
+    ).bindparams(bindparam("page", type_=BigInteger()), bindparam("end", type_=BigInteger()))
     return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
 
 
@@ -384,8 +444,9 @@ _PAGE: Final = {every: _page(every) for every in (True, False)}
 _FIRST: Final = text(
     f"SELECT least((SELECT min(l.position) FROM whereupon_log l WHERE {_SINCE} "
     f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')})), "
-    f"(SELECT min(l.position) FROM whereupon_log l WHERE {_LATE}))"
-)
+    f"(SELECT min(of_it.position) FROM {_LATE_IDS} CROSS JOIN LATERAL "
+    f"(SELECT l.position FROM whereupon_log l WHERE {_LATE} {_INDEXED} LIMIT 1) of_it))"
+).bindparams(bindparam("floor", type_=BigInteger()))
 
 _CLAIM: Final = text(
     "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1 FROM ("
@@ -407,7 +468,8 @@ _CLAIM: Final = text(
 
 _PULSE: Final = text(
     "SELECT CAST(pg_current_snapshot() AS text) AS now, "
-    f"EXISTS (SELECT 1 FROM whereupon_log l WHERE {_SINCE}) OR EXISTS (SELECT 1 FROM whereupon_log l WHERE {_LATE}) "
+    f"(SELECT 1 FROM whereupon_log l WHERE {_SINCE} {_INDEXED} LIMIT 1) IS NOT NULL OR (SELECT 1 FROM {_LATE_IDS} "
+    f"CROSS JOIN LATERAL (SELECT 1 FROM whereupon_log l WHERE {_LATE} {_INDEXED} LIMIT 1) of_it LIMIT 1) IS NOT NULL "
     "AS grown, (SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "
     "FROM whereupon_exception x WHERE x.next_at <= clock_timestamp()) AS due, "
     "EXISTS (SELECT 1 FROM whereupon_cursor c JOIN whereupon_subscription s ON s.name = c.subscription "
@@ -415,7 +477,9 @@ _PULSE: Final = text(
     "WHERE c.subscription = ANY(:names) AND CASE WHEN s.paused THEN c.owner = :owner ELSE p.id IS NULL END) "
     "AS restless, (SELECT string_agg(CAST(p.id AS text) || p.serves, ' ' ORDER BY p.id) FROM whereupon_process p "
     "WHERE p.in_flight > 0 AND p.lease_until > clock_timestamp()) AS workers"
-).bindparams(bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text())))
+).bindparams(
+    bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text())), bindparam("floor", type_=BigInteger())
+)
 
 _DONE = (
     "CASE WHEN {add} = '{{}}' AND {drop} = '{{}}' THEN c.done ELSE ARRAY("

@@ -339,6 +339,15 @@ class Store(abc.ABC):
     async def take_lock(self, connection: AsyncConnection) -> None:  # noqa: B027
         """Where writers take turns: wait for ours before anything is read."""
 
+    async def exclusively(self, connection: AsyncConnection, name: str, *, wait: bool = True) -> bool:
+        """Until the connection's transaction ends, be the only one of all processes that does what has this name.
+
+        What is read after it is seen as those before us have left it. "retention": pruning, and whatever begins to read
+        from the past (backfill, replay). False if another has it and `wait` is not wanted.
+        """
+        await self.take_lock(connection)
+        return True
+
     @property
     def connections_for_handlers(self) -> int:
         """How many of the pool's connections handlers may hold at once."""

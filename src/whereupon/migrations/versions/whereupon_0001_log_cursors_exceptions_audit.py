@@ -15,7 +15,7 @@ depends_on = None
 #
 # The log of PostgreSQL is cut into ranges of positions, so that pruning drops tables. Workers make them ahead of the
 # sequence (whereupon.retention); what they did not make in time goes into the default one, so publishing needs none of
-# them. tx_id comes before position, and so do their defaults: whoever draws a position has its transaction's id by then.
+# them. tx_id comes before position, as do their defaults: whoever draws a position has its transaction's id by then.
 _POSTGRESQL = """
 CREATE TABLE whereupon_meta (key varchar(50) PRIMARY KEY, value text NOT NULL);
 
