@@ -6,20 +6,25 @@ import asyncio
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Annotated, Any, Final
 
 import cyclopts
+import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 
 from whereupon import schema
 from whereupon.durable import EventBus
 from whereupon.errors import DatabaseUnavailableError, WhereuponError
+from whereupon.retention import Pruned
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
@@ -214,6 +219,69 @@ def status(target: Where = None, /, *, url: Url = None) -> int:
     schema.check_revision(revision, bus.database)
     answer(f"{bus.database} is at revision {revision}, as this build needs it.")
     return 0
+
+
+@db.command
+def prune(
+    target: Where = None,
+    /,
+    *,
+    older_than: Annotated[str, Parameter(help="The age from which events go: 30d, 12h, 90m, 45s or 2w.")],
+    url: Url = None,
+    dry_run: Annotated[bool, Parameter(help="Only say what would go, and what holds back what.")] = False,
+    json: Annotated[bool, Parameter(name="--json", help="Answer in JSON.")] = False,
+) -> int:
+    """Delete old events that every subscription has passed, and tell what stays.
+
+    What a cursor has not passed stays, however old it is: the answer names the subscription. Dead letters keep a copy
+    of their event, and hold nothing back. The history of calls goes after 7 days; the audit trail is never pruned.
+    """
+    age = _age_of(older_than)
+    bus = _bus_for(target, url)
+
+    async def run() -> Pruned:
+        try:
+            return await bus.prune(older_than=age, dry_run=dry_run, on_progress=say)
+        finally:
+            await _dispose(bus)
+
+    report = asyncio.run(run())
+    if json:
+        answer(msgspec.json.encode({**msgspec.to_builtins(report), "holders": report.holders}).decode())
+        return 0
+    for line in _told(report):
+        answer(line)
+    return 0
+
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def _age_of(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d+)([smhdw])", text.strip())
+    if match is None:
+        raise _Refused(f"--older-than {text!r} is no age: write a number and s, m, h, d or w, as in 30d")
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except OverflowError:
+        raise _Refused(f"--older-than {text} is longer than anything was kept") from None
+
+
+def _told(report: Pruned) -> Iterator[str]:
+    would = "would go" if report.dry_run else "went"
+    yield f"Events recorded before {report.before:%Y-%m-%d %H:%M:%S} UTC:"
+    for dropped in report.dropped:
+        yield f"  {dropped.name}, positions {dropped.first} to {dropped.last}: {would} as a whole"
+    yield f"  {report.deleted} {would} one by one; {report.history} rows of the history of calls {would}"
+    for kept in report.kept:
+        match kept.why:
+            case "held":
+                yield f"  {kept.where} keeps what these have not passed:"
+                yield from (f"    {holder}" for holder in kept.holders)
+            case "young":
+                yield f"  {kept.where} keeps some, and goes as a whole when its last event is old enough"
+            case _:
+                yield f"  {kept.where} stays for now: a transaction was in the way all the time. Try again later"
 
 
 def say(text: str, style: str = "") -> None:

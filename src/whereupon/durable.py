@@ -11,10 +11,11 @@ import tempfile
 import weakref
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ from whereupon.event import DomainEvent, event_class
 from whereupon.lane import key_of
 from whereupon.logs import message_of, trace_of
 from whereupon.memory import session_required
+from whereupon.retention import Pruned, prune
 from whereupon.store import (
     DEAD,
     OPEN,
@@ -127,7 +129,9 @@ class EventBus(Subscribing):
     `AsyncEngine`. `async with bus` creates SQLite's tables, registers the subscriptions and, unless `deliver` is False,
     runs a worker in this process. `in_flight` caps the calls that a crash could repeat; a dead worker's deliveries are
     free after `lease` seconds; `poll_interval` is how long an event of another process may go unnoticed, in seconds;
-    `drain_timeout` how long leaving the block waits for handlers. `create_tables` None means: on SQLite only.
+    `drain_timeout` how long leaving the block waits for handlers. `create_tables` None means: on SQLite only. With
+    `retain` workers prune the log by themselves, about hourly, of events older than that which every subscription has
+    passed; None (the default) leaves that to `prune`, so the log grows until somebody calls it.
 
     A bus belongs to the event loop that it is entered on. An engine given to it stays the caller's to dispose of.
     """
@@ -144,6 +148,7 @@ class EventBus(Subscribing):
         poll_interval: float | None = None,
         drain_timeout: float = 10.0,
         create_tables: bool | None = None,
+        retain: timedelta | None = None,
     ) -> None:
         super().__init__(logger)
         self.engine, self._owns_engine = _engine_of(database)
@@ -160,6 +165,9 @@ class EventBus(Subscribing):
         ):
             if not least <= value < float("inf"):
                 raise ValueError(f"EventBus({name}={value}): it is at least {least}")
+        if retain is not None and retain <= timedelta(0):
+            raise ValueError(f"EventBus(retain={retain}): it is an age, such as timedelta(days=30)")
+        self._retain = retain
         self._in_flight = in_flight
         self._lease = lease
         self._poll_interval = poll
@@ -513,6 +521,7 @@ class EventBus(Subscribing):
             in_flight=self._in_flight,
             lease=self._lease,
             poll_interval=self._poll_interval,
+            retain=self._retain,
         )
 
     async def start(self, *, deliver: bool | None = None) -> None:
@@ -624,6 +633,24 @@ class EventBus(Subscribing):
         """Create or upgrade whereupon's tables. Raises `DatabaseUnavailableError` or `SchemaError`."""
         await self._store.create_tables()
 
+    async def prune(
+        self,
+        *,
+        older_than: timedelta,
+        dry_run: bool = False,
+        on_progress: Callable[[str], None] = lambda line: None,
+    ) -> Pruned:
+        """Delete events recorded longer ago than that which every subscription has passed; tell what stays, and why.
+
+        Whatever a cursor has not passed is kept, however old: one of a subscription that is paused, or that no worker
+        serves any more, too. Dead letters hold a copy of their event and keep nothing. On PostgreSQL whole partitions
+        are dropped, by a user who owns the tables. Raises `DatabaseError` or `SchemaError`.
+        """
+        self._check_loop()
+        await self._store.prepare(create=False)
+        with self._store.reaching():
+            return await prune(self._store, older_than, dry_run=dry_run, on_progress=on_progress)
+
     # --- what became of events --------------------------------------------------------------------------------------
 
     async def deliveries(self, *event_ids: UUID) -> list[DeliveryState]:
@@ -665,7 +692,7 @@ class EventBus(Subscribing):
                     open_ = [f"{s.subscription} ({s.state})" for s in found if s.state in OPEN]
                     if not open_ and expected == {state.event_id for state in found}:
                         return
-                    waiting = ", ".join(open_) or "the events are not in the log (not committed?)"
+                    waiting = ", ".join(open_) or "the events are not in the log (not committed, or pruned?)"
                     await self._something_settled()
         except TimeoutError:
             if not limit.expired():

@@ -698,7 +698,8 @@ class Store(abc.ABC):
 
         A subscription that was registered after the event was never owed it, and is left out. Without `calls_too` the
         history is left alone: that is not told then, nor when and how long. `key_inside` finds, by decoding it, the key
-        of an event whose publisher did not know that somebody orders by it.
+        of an event whose publisher did not know that somebody orders by it. Of an event that was pruned only exceptions
+        are left to tell, such as a dead letter.
         """
         facts: dict[tuple[UUID, str], Passed] = {}
         for passed in await self.passed(event_ids):
@@ -711,8 +712,6 @@ class Store(abc.ABC):
             if lane is None or lane == passed.lane:
                 facts[passed.event_id, passed.subscription] = passed
         positions = sorted({fact.position for fact in facts.values()})
-        if not positions:
-            return []
         async with self.reading() as connection:
             found = await connection.execute(
                 select(exception).where(exception.c.event_id.in_(list(event_ids)), exception.c.generation == 0)
@@ -721,7 +720,7 @@ class Store(abc.ABC):
             calls: dict[tuple[str, int], Entry] = {}
             pages = (
                 ()
-                if not calls_too
+                if not calls_too or not positions
                 else await connection.execute(
                     select(history.c.subscription, history.c.entries)
                     .where(
@@ -736,7 +735,11 @@ class Store(abc.ABC):
             for subscription, entries in pages:
                 for entry in msgspec.json.decode(entries, type=list[Entry]):
                     calls[subscription, entry.position] = entry
-        states = []
+        states = [
+            DeliveryState(row.event_id, row.type, row.subscription, row.state, row.attempts, None, None, _error_of(row))
+            for row in sorted(exceptions.values(), key=lambda row: row.position)
+            if (row.event_id, row.subscription) not in facts and row.subscription in heard.get(row.type, ())
+        ]
         for fact in facts.values():
             row = exceptions.get((fact.subscription, fact.position))
             call = calls.get((fact.subscription, fact.position))
@@ -754,10 +757,14 @@ class Store(abc.ABC):
                     attempts=attempts,
                     started_at=datetime.fromtimestamp(call.started_at / 1e6, UTC) if call else None,
                     seconds=call.microseconds / 1e6 if call else None,
-                    error=f"{row.error_type}: {row.error_message}" if row is not None and row.error_type else None,
+                    error=_error_of(row),
                 )
             )
         return states
+
+
+def _error_of(row: Any) -> str | None:
+    return f"{row.error_type}: {row.error_message}" if row is not None and row.error_type else None
 
 
 def _at(table: Any, key: LaneKey) -> Any:

@@ -16,6 +16,7 @@ from asyncio import CancelledError, Event, Semaphore, Task
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from contextvars import Context
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -29,6 +30,7 @@ from whereupon.event import DomainEvent
 from whereupon.lane import FULL, Delivery, Lane, Logged, Share
 from whereupon.lease import Lease
 from whereupon.logs import Logger, message_of
+from whereupon.retention import MINUTE, Upkeep
 from whereupon.store import Cursor, LaneKey, LaneState, Layout, Move, Page, Remembered, Store
 from whereupon.subscription import Subscription
 
@@ -68,6 +70,7 @@ class Worker:
         in_flight: int,
         lease: float,
         poll_interval: float,
+        retain: timedelta | None = None,
     ) -> None:
         self.store = store
         self.shares = {subscription.name: Share(subscription) for subscription in subscriptions}
@@ -112,6 +115,7 @@ class Worker:
         self._pump_due = False
         self._careful: deque[tuple[Lane, Delivery]] = deque()
         self._careful_one: Task[None] | None = None
+        self._upkeep = Upkeep(store, retain=retain, log=self.log)
         self._turn = asyncio.Lock()
         """Held while cursors are moved for handlers that don't do it themselves: never two of them at once."""
         self._tasks: set[Task[None]] = set()
@@ -125,7 +129,7 @@ class Worker:
         self.store.separate()
         await self.lease.start()
         await self.store.serve(self.id, list(self.shares))
-        for loop in (self._tend, self._watch, self._read, self._settle, self._sweep):
+        for loop in (self._tend, self._watch, self._read, self._settle, self._sweep, self._keep_up):
             self._loops.append(self.spawn(self._persist(loop)))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], context: Context | None = None) -> Task[None]:
@@ -737,6 +741,10 @@ class Worker:
                     await lane.save()
                 except LeaseLost:
                     self.lose(lane)
+
+    async def _keep_up(self) -> None:
+        await self._upkeep.turn()
+        await asyncio.sleep(MINUTE)
 
 
 async def happens(event: Event, within: float) -> None:
