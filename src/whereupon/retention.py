@@ -213,8 +213,14 @@ async def _prune_sqlite(store: Store, report: Pruned, patience: timedelta, on_pr
         await asyncio.sleep(BREATH)
     async with store.reading() as connection:
         report.kept = await _held_on_sqlite(connection, report)
-        if report.deleted and await connection.scalar(text("PRAGMA auto_vacuum")) == 2:
-            await connection.execute(text("PRAGMA incremental_vacuum"))
+        if not report.deleted or await connection.scalar(text("PRAGMA auto_vacuum")) != 2:
+            return  # the file keeps its size, and what comes next has the room
+        free = int(await connection.scalar(text("PRAGMA freelist_count")) or 0)
+    async with store.reading() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        for _ in range(0, free, BATCH):
+            await driver.executescript(f"PRAGMA incremental_vacuum({BATCH})")  # `execute` would free a single page
+            await asyncio.sleep(BREATH)
 
 
 _ENDLESS: Final = 2**62
@@ -365,9 +371,12 @@ async def _try_to_drop(store: Store, partition: Partition, report: Pruned, on_pr
             # whoever has written into it has ended, and nobody begins: what came since is all that could have come
             came = await connection.scalar(
                 text(
-                    f"SELECT (SELECT l.position FROM {name} l WHERE l.tx_id >= pg_snapshot_xmax(CAST(:judged AS "
-                    "pg_snapshot)) ORDER BY l.tx_id, l.position LIMIT 1) IS NOT NULL OR EXISTS (SELECT 1 FROM "
-                    f"{name} l WHERE l.tx_id = ANY(ARRAY(SELECT pg_snapshot_xip(CAST(:judged AS pg_snapshot)))))"
+                    "WITH judged AS MATERIALIZED (SELECT CAST(CAST(:judged AS text) AS pg_snapshot) AS snapshot) "
+                    f"SELECT (SELECT l.position FROM {name} l WHERE l.tx_id >= (SELECT pg_snapshot_xmax(snapshot) "
+                    "FROM judged) ORDER BY l.tx_id, l.position LIMIT 1) IS NOT NULL OR (SELECT of_it.position "
+                    "FROM (SELECT pg_snapshot_xip(snapshot) AS tx_id FROM judged) AS late CROSS JOIN LATERAL "
+                    f"(SELECT l.position FROM {name} l WHERE l.tx_id = late.tx_id ORDER BY l.tx_id, l.position "
+                    "LIMIT 1) AS of_it LIMIT 1) IS NOT NULL"
                 ),
                 {"judged": judged},
             )
@@ -506,7 +515,7 @@ async def make_partitions(store: Store, *, size: int | None = None) -> list[str]
                 if end > last + AHEAD * size:
                     return made
                 # what was handed out without a partition is in the default one: begin beyond that
-                first = max(least, end if end > last else (last // size + 1) * size + 1)
+                first = max(least, end if end > last else -(-last // size) * size + 1)
                 name = await _attach(connection, first, size)
             made.append(name)
         except _Busy:
