@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 TABLES = {
     f"whereupon_{name}"
-    for name in ("meta", "log", "process", "subscription", "cursor", "exception", "history", "audit")
+    for name in ("meta", "log", "process", "subscription", "cursor", "exception", "action", "history", "audit")
 }
 
 

@@ -213,6 +213,37 @@ class PostgresStore(Store):
             await self.load_exceptions(connection, cursors)
         return cursors
 
+    async def end(self, connection: AsyncConnection) -> Place:
+        return Place(str(await connection.scalar(text("SELECT CAST(pg_current_snapshot() AS text)"))))
+
+    async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
+        rows = await connection.execute(
+            text(
+                "SELECT generation, lane, token, CAST(snapshot AS text) AS snapshot, CAST(target AS text) AS target, "
+                "page, done FROM whereupon_cursor WHERE subscription = :name ORDER BY generation, lane"
+            ),
+            {"name": name},
+        )
+        return [
+            Cursor(
+                LaneKey(name, row.generation, row.lane),
+                row.token,
+                Place(row.snapshot, row.target, row.page),
+                set(row.done),
+            )
+            for row in rows
+        ]
+
+    async def lay(self, connection: AsyncConnection, keys: Sequence[LaneKey], place: Place, token: int) -> None:
+        await connection.execute(
+            text(
+                "INSERT INTO whereupon_cursor (subscription, generation, lane, snapshot, target, page, token) VALUES "
+                "(:subscription, :generation, :lane, CAST(CAST(:snapshot AS text) AS pg_snapshot), "
+                "CAST(CAST(:target AS text) AS pg_snapshot), :page, :token)"
+            ),
+            [{**key._asdict(), **place._asdict(), "token": token} for key in keys],
+        )
+
     async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
         rows = await connection.execute(
             text(

@@ -345,6 +345,7 @@ class Lane:
         """Positions in `done` that are passed, and need not be there any more."""
         self._solo: Task[None] | None = None
         self._taking_due = False
+        self._recording = False
         self.ready: list[Delivery] = []
         """What has ended, and is to be settled."""
         self.plain = True
@@ -360,14 +361,14 @@ class Lane:
         return self.subscription.session_parameter is not None
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing of it is in flight, nor about to be."""
+        return not (self.active or self._taking_due or self._recording)
+
+    @property
     def quiet(self) -> bool:
         """Whether nothing is left to be done of what was read."""
         return not (self.active or self.due or self.order or self.set_aside or self._taking_due)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing of it has begun."""
-        return not (self.active or self._taking_due)
 
     # --- from the log -----------------------------------------------------------------------------------------------
 
@@ -717,6 +718,8 @@ class Lane:
         async with self.settling:
             counts: dict[str, int] = {}
             if exceptional := [d for d in deliveries if d.exceptional]:
+                # the cursor's row first, as operators do: what blocks the key is counted while it is locked
+                await self.store.fence(connection, self.cursor)
                 found = await self.store.forget(connection, self.cursor, [d.position for d in exceptional])
                 if found < sum(not d.listed for d in exceptional):
                     raise LeaseLost(f"a delivery of {self.name} was settled by somebody else while it ran here")
@@ -925,6 +928,8 @@ class Lane:
         self._taking_due = True
         try:
             async with self.store.writing() as connection, self.settling:
+                if self.releasing or self.lost:
+                    return
                 self.due = False
                 held = {delivery.position for delivery in self.active} | self.set_aside
                 try:
@@ -951,13 +956,17 @@ class Lane:
     async def record_alone(self, delivery: Delivery) -> None:
         """Record that it is about to run with nothing beside it, so that it is to blame if this process ends."""
         delivery.alone = delivery.exceptional = True
-        async with self.store.writing() as connection, self.settling:
-            await self.store.fence(connection, self.cursor)
-            await self.store.keep_failures(connection, self.cursor, [delivery.running()])
-            await connection.commit()
-            if delivery.listed:
-                self.exceptions.add(delivery.position)
-                delivery.over = True
+        self._recording = True
+        try:
+            async with self.store.writing() as connection, self.settling:
+                await self.store.fence(connection, self.cursor)
+                await self.store.keep_failures(connection, self.cursor, [delivery.running()])
+                await connection.commit()
+                if delivery.listed:
+                    self.exceptions.add(delivery.position)
+                    delivery.over = True
+        finally:
+            self._recording = False
 
     # --- its end ----------------------------------------------------------------------------------------------------
 

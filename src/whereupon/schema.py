@@ -164,6 +164,21 @@ history = Table(
     Column("recorded_at", UTCDateTime, nullable=False),
 )
 
+action = Table(
+    "whereupon_action",
+    metadata,
+    Column("id", _Big, primary_key=True),
+    Column("at", UTCDateTime, nullable=False),
+    Column("author", Text, nullable=False),
+    Column("action", String(20), nullable=False),
+    Column("subscription", Text, nullable=False),
+    Column("generation", Integer),
+    Column("position", _Big),
+    Column("event_id", Uuid),
+    Column("reason", Text, nullable=False),
+    Column("details", _Json, nullable=False),
+)
+
 audit_log = Table(
     "whereupon_audit",
     metadata,

@@ -376,7 +376,27 @@ class Store(abc.ABC):
         """Write events into the log, in order, with one statement; return their positions if asked for."""
 
     def append_failures(self, connection: Connection, failures: Sequence[tuple[LaneKey, Failure]]) -> None:
-        connection.execute(insert(exception), [self._exception(key, failure) for key, failure in failures])
+        """Make exceptions of deliveries that failed inside the publisher's transaction, in the lanes that are now."""
+        names = {key.subscription for key, _ in failures}
+        found = connection.execute(
+            select(subscription_table.c.name, subscription_table.c.lanes)
+            .where(subscription_table.c.name.in_(names))
+            .order_by(subscription_table.c.name)
+            .with_for_update(read=True, key_share=True)  # their number stays until the publisher commits
+        )
+        lanes = {row.name: row.lanes for row in found}
+        connection.execute(
+            insert(exception),
+            [
+                self._exception(
+                    key._replace(lane=lane_of(None, failure.row.position, lanes[key.subscription]))
+                    if key.subscription in lanes
+                    else key,
+                    failure,
+                )
+                for key, failure in failures
+            ],
+        )
 
     def _exception(self, key: LaneKey, failure: Failure) -> dict[str, Any]:
         row = failure.row
@@ -456,6 +476,18 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:
         """Take those of these lanes that are still as they were seen, and nobody's; tell where they stand."""
+
+    @abc.abstractmethod
+    async def end(self, connection: AsyncConnection) -> Any:
+        """The place that has everything behind it that is committed now."""
+
+    @abc.abstractmethod
+    async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
+        """The cursors of a subscription, with what is done beyond their places, and no exceptions."""
+
+    @abc.abstractmethod
+    async def lay(self, connection: AsyncConnection, keys: Sequence[LaneKey], place: Any, token: int) -> None:
+        """Make these lanes anew, nobody's, all at one place."""
 
     async def release(self, owner: UUID, lanes: Sequence[LaneKey] | None = None) -> None:
         """Give lanes of a worker (None: all) back, so that another need not wait for its lease to run out."""
@@ -649,7 +681,7 @@ class Store(abc.ABC):
                 released += 1
                 await connection.execute(
                     update(exception)
-                    .where(exception.c.id == first.id)
+                    .where(exception.c.id == first.id, exception.c.state == PARKED)
                     .values(state=RETRYING, next_at=self.later(0), updated_at=self.later(0))
                 )
         return released

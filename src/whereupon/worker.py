@@ -312,6 +312,8 @@ class Worker:
                     self._release(lane)
                 else:
                     held.append(lane)
+            # an operator changes their number while nobody holds one; none of the new ones has a token seen before
+            self.shares[name].count = sum(state.key.generation == 0 for state in lanes) or self.shares[name].count
             ours = _fair_share(name, len(lanes), serving, self.id)
             for lane in held[ours:]:
                 self._release(lane)
@@ -351,6 +353,7 @@ class Worker:
             lane.attached = False
             lane.share.lanes.pop(lane.cursor.key.lane, None)
             lane.share.withdraw(lane)
+            self._careful = deque(one for one in self._careful if one[0] is not lane)
             self.spawn(self._hand_over(lane))
 
     async def _hand_over(self, lane: Lane) -> None:

@@ -112,6 +112,8 @@ CREATE INDEX whereupon_exception_key ON whereupon_exception (subscription, gener
 
 CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
+CREATE INDEX whereupon_exception_dead ON whereupon_exception (id) WHERE state = 'dead';
+
 CREATE TABLE whereupon_history (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     subscription text NOT NULL,
@@ -126,6 +128,23 @@ CREATE TABLE whereupon_history (
 CREATE INDEX whereupon_history_positions ON whereupon_history (subscription, first_position, last_position);
 
 CREATE INDEX whereupon_history_recorded_at ON whereupon_history (recorded_at);
+
+CREATE TABLE whereupon_action (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    author text NOT NULL,
+    action varchar(20) NOT NULL,
+    subscription text NOT NULL,
+    generation integer,
+    position bigint,
+    event_id uuid,
+    reason text NOT NULL,
+    details jsonb NOT NULL
+);
+
+CREATE INDEX whereupon_action_subscription ON whereupon_action (subscription, id);
+
+CREATE INDEX whereupon_action_event_id ON whereupon_action (event_id) WHERE event_id IS NOT NULL;
 
 CREATE TABLE whereupon_audit (
     id uuid PRIMARY KEY,
@@ -246,6 +265,8 @@ CREATE INDEX whereupon_exception_key ON whereupon_exception (subscription, gener
 
 CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
+CREATE INDEX whereupon_exception_dead ON whereupon_exception (id) WHERE state = 'dead';
+
 CREATE TABLE whereupon_history (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     subscription TEXT NOT NULL,
@@ -260,6 +281,23 @@ CREATE TABLE whereupon_history (
 CREATE INDEX whereupon_history_positions ON whereupon_history (subscription, first_position, last_position);
 
 CREATE INDEX whereupon_history_recorded_at ON whereupon_history (recorded_at);
+
+CREATE TABLE whereupon_action (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    author TEXT NOT NULL,
+    action VARCHAR(20) NOT NULL,
+    subscription TEXT NOT NULL,
+    generation INTEGER,
+    position INTEGER,
+    event_id CHAR(32),
+    reason TEXT NOT NULL,
+    details JSON NOT NULL
+);
+
+CREATE INDEX whereupon_action_subscription ON whereupon_action (subscription, id);
+
+CREATE INDEX whereupon_action_event_id ON whereupon_action (event_id) WHERE event_id IS NOT NULL;
 
 CREATE TABLE whereupon_audit (
     id CHAR(32) PRIMARY KEY,
@@ -313,7 +351,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("audit", "history", "exception", "cursor", "subscription", "process", "log", "meta"):
+    for table in ("audit", "action", "history", "exception", "cursor", "subscription", "process", "log", "meta"):
         op.drop_table(f"whereupon_{table}")
     if op.get_context().dialect.name == "postgresql":
         op.execute("DROP FUNCTION whereupon_audit_refuses()")
