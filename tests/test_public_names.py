@@ -22,7 +22,10 @@ PUBLIC = {
     "AuditEventHandler", "LoggingEventHandler",
     # storing
     "Codec", "JsonCodec",
+    # what operators do
+    "Action", "DeadLetter", "HandlerState", "Operator",
     # errors
+    "ActionRefused",
     "BusStateError", "DatabaseError", "DatabaseUnavailableError", "DuplicateSubscriptionError", "EventDecodingError",
     "EventDefinitionError", "EventEncodingError", "ForeignSessionError", "HandlerSessionError", "HandlerTimeout",
     "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionError", "UnknownEventError",

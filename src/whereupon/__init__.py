@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from whereupon.bus import EventBusProtocol, Receipt
 from whereupon.codec import Codec, JsonCodec
 from whereupon.context import EventContext, Metadata, request_metadata
 from whereupon.errors import (
+    ActionRefused,
     BusStateError,
     DatabaseError,
     DatabaseUnavailableError,
@@ -36,16 +37,20 @@ from whereupon.memory import InMemoryEventBus
 from whereupon.subscription import Delivery, Retry, Subscription
 
 if TYPE_CHECKING:
+    from whereupon.action import Action, DeadLetter, HandlerState, Operator
     from whereupon.audit import AuditEventHandler
     from whereupon.durable import EventBus
     from whereupon.store import DeliveryState
 
 __all__ = [
+    "Action",
+    "ActionRefused",
     "AuditEventHandler",
     "BusStateError",
     "Codec",
     "DatabaseError",
     "DatabaseUnavailableError",
+    "DeadLetter",
     "Delivery",
     "DeliveryState",
     "Discard",
@@ -60,6 +65,7 @@ __all__ = [
     "EventEncodingError",
     "ForeignSessionError",
     "HandlerSessionError",
+    "HandlerState",
     "HandlerTimeout",
     "InMemoryEventBus",
     "JsonCodec",
@@ -67,6 +73,7 @@ __all__ = [
     "LoggingEventHandler",
     "Metadata",
     "NotSecret",
+    "Operator",
     "Outcome",
     "PublishError",
     "Receipt",
@@ -83,11 +90,19 @@ __all__ = [
 ]
 
 
+_LAZY: Final = {
+    "EventBus": "durable",
+    "AuditEventHandler": "audit",
+    "DeliveryState": "store",
+    **dict.fromkeys(("Action", "DeadLetter", "HandlerState", "Operator"), "action"),
+}
+
+
 if not TYPE_CHECKING:  # to a type checker every name would be one of this module's
 
     def __getattr__(name: str) -> Any:
         """Load what needs SQLAlchemy when it is first asked for."""
-        module = {"EventBus": "durable", "AuditEventHandler": "audit", "DeliveryState": "store"}.get(name)
+        module = _LAZY.get(name)
         if module is None:
             raise AttributeError(f"module 'whereupon' has no attribute {name!r}")
         return getattr(importlib.import_module(f"whereupon.{module}"), name)

@@ -33,6 +33,7 @@ from whereupon import _staging, schema
 from whereupon._dispatch import Call, Runner
 from whereupon._postgres import PostgresStore
 from whereupon._sqlite import SQLiteStore, configure
+from whereupon.action import Operator
 from whereupon.bus import Subscribing
 from whereupon.codec import Codec, JsonCodec
 from whereupon.context import Metadata, encode_metadata, handling, metadata_for
@@ -186,6 +187,8 @@ class EventBus(Subscribing):
         self._entered = False
         self._own_transactions = False
         self._known_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+        self.operator = Operator(self._store, self.subscriptions, self._codec, self.class_of, self._reachable)
+        """What operators do: pause, resume, settle dead letters, retire, change lanes."""
         _staging.watch(self.engine.sync_engine)
 
     def __repr__(self) -> str:
@@ -318,6 +321,12 @@ class EventBus(Subscribing):
             if any(s.name not in self._registered for s in registering):
                 self._lanes = await self._store.register(registering)
             self._registered = {s.name for s in self.subscriptions}
+
+    async def _reachable(self) -> None:
+        """Tables are there; nothing is registered, so that whoever only looks leaves no trace."""
+        self._check_loop()
+        if not self._prepared:
+            await self._store.prepare(create=False)
 
     async def _must_write(self, names: set[str]) -> bool:
         if await self._store.revision() != schema.REVISION:

@@ -17,6 +17,7 @@ WhereuponError
 ├── BusStateError (RuntimeError)            the bus is closed, not running, or on another loop
 ├── HandlerSessionError (RuntimeError)      a handler tried to end a transaction that is not its own
 ├── HandlerTimeout (TimeoutError)           a handler ran longer than its subscription allows
+├── ActionRefused                           what an operator asked for can't be done
 ├── LeaseLost                               another worker owns the subscription now
 └── Discard, RetryLater                     raised *by* handlers, to say what should happen next
 """
@@ -92,6 +93,10 @@ class HandlerSessionError(WhereuponError, RuntimeError):
 
 class HandlerTimeout(WhereuponError, TimeoutError):
     """A handler ran longer than its subscription's timeout and was cancelled."""
+
+
+class ActionRefused(WhereuponError):
+    """An operator's action can't be carried out as asked; nothing was changed."""
 
 
 class LeaseLost(WhereuponError):
