@@ -526,7 +526,9 @@ class Operator:
             )
         paused_here = await self._set_paused(subscription, True, f"to change its lanes: {reason}", author)
         try:
-            return await self._relay(self._subscriptions[subscription], number, by, timeout, progress, resume=paused_here)
+            return await self._relay(
+                self._subscriptions[subscription], number, by, timeout, progress, resume=paused_here
+            )
         except BaseException:
             if paused_here:
                 await self._set_paused(subscription, False, "its lanes were not changed", author)
