@@ -297,6 +297,9 @@ class Worker:
             return
         if not mine[0][1]:
             await self.store.serve(self.id, list(self.shares))
+        known = {state.key for state in layout.lanes}
+        for lane in [lane for key, lane in self.lanes.items() if key not in known]:
+            self.lose(lane)  # its subscription was retired
         wanted: list[LaneState] = []
         for name in self.shares:
             lanes = [lane for lane in layout.lanes if lane.key.subscription == name]
