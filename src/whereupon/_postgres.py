@@ -413,7 +413,8 @@ class PostgresStore(Store):
     async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
         query = text(
             "SELECT l.event_id, l.type, l.position, l.keys, CAST(l.ran AS text) AS ran, l.version, l.payload, "
-            "c.subscription, c.lane, s.lanes, s.ordered_by, pg_visible_in_snapshot(l.tx_id, c.snapshot) OR l.position = ANY(c.done) "
+            "c.subscription, c.lane, s.lanes, s.ordered_by, "
+            "pg_visible_in_snapshot(l.tx_id, c.snapshot) OR l.position = ANY(c.done) "
             "OR (c.target IS NOT NULL AND pg_visible_in_snapshot(l.tx_id, c.target) AND l.position <= c.page) AS past, "
             "l.recorded_at < s.created_at AS older "
             "FROM whereupon_log l CROSS JOIN whereupon_cursor c "

@@ -193,19 +193,6 @@ class SQLiteStore(Store):
             insert(cursor_table), [{**key._asdict(), "page": place, "token": token} for key in keys]
         )
 
-    async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        rows = await connection.execute(
-            select(exception.c.subscription, exception.c.generation, exception.c.lane, exception.c.position)
-            .join(
-                cursor_table,
-                (cursor_table.c.subscription == exception.c.subscription)
-                & (cursor_table.c.generation == exception.c.generation)
-                & (cursor_table.c.lane == exception.c.lane),
-            )
-            .where(exception.c.subscription.in_(names), exception.c.position > cursor_table.c.page)
-        )
-        return [tuple(row) for row in rows]
-
     # --- reading ----------------------------------------------------------------------------------------------------
 
     async def read(self, place: int, types: Sequence[str] | None, limit: int, toward: int | None = None) -> Page:
@@ -341,7 +328,8 @@ class SQLiteStore(Store):
                 Passed(
                     UUID(row.event_id), row.type, row.position, row.keys,
                     [] if row.ran is None else msgspec.json.decode(row.ran, type=list[str]),
-                    row.version, row.payload, row.subscription, row.lane, row.lanes, row.ordered_by, bool(row.past), bool(row.older),
+                    row.version, row.payload, row.subscription, row.lane, row.lanes, row.ordered_by, bool(row.past),
+                    bool(row.older),
                 )
                 for row in rows
             ]  # fmt: skip
