@@ -12,8 +12,8 @@ A store of your own passes it, too, once a sub-class gives it a database:
             yield store
             await store.close()
 
-It needs pytest, and pytest-asyncio in its mode `auto`. Where write transactions overlap, take `ConcurrentStoreContract`:
-it has the same tests, and those of what commits late.
+It needs pytest, and pytest-asyncio in its mode `auto`. Where write transactions overlap, take
+`ConcurrentStoreContract`: it has the same tests, and those of what commits late.
 """
 
 from __future__ import annotations
@@ -238,8 +238,7 @@ class StoreContract:
         async with store.writing() as connection:
             [position] = await connection.run_sync(store.append, [record], positions=True)
         [row], _ = await read_all(store, (await claim(store)).place)
-        assert row[:1] == (position,) if isinstance(row, tuple) else row.position == position
-        assert (row.event_id, row.type, row.version, row.payload) == record[:4]
+        assert (row.position, row.event_id, row.type, row.version, row.payload) == (position, *record[:4])
         assert (row.headers, row.keys) == (record.headers, record.keys)
         assert row.ran is not None
         assert "inside" in row.ran
@@ -533,7 +532,7 @@ class StoreContract:
             (state.event_id, state.subscription): state
             for state in await store.deliveries(events, {"A": ["one", "two"]})
         }
-        assert told[events[0], "one"] == told[events[0], "two"].__class__(
+        assert told[events[0], "one"] == DeliveryState(
             events[0], "A", "one", "succeeded", 1, datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), 0.0015, None
         )
         assert told[events[1], "one"].attempts == 2
@@ -542,7 +541,7 @@ class StoreContract:
     # --- exceptions -------------------------------------------------------------------------------------------------
 
     async def test_an_exception_holds_a_copy_of_its_event(self, store: Store) -> None:
-        changes = {"payload": b"\x00\xff", "headers": '{"a": 1}', "keys": '{"item": "x"}', "version": 7}
+        changes: dict[str, Any] = {"payload": b"\x00\xff", "headers": '{"a": 1}', "keys": '{"item": "x"}', "version": 7}
         cursor, [row] = await failing(store, **changes)
         failure = Failure(row, DEAD, 3, None, "ValueError", "no\x00 \ud800 way", "Traceback …", "x", True)
         await keep(store, cursor, failure)
@@ -571,7 +570,7 @@ class StoreContract:
         cursor, [row] = await failing(store)
         for commits in (False, True):
             async with store.engine.connect() as connection:
-                await connection.run_sync(store.append_failures, [(cursor.key, Failure(row, RETRYING, 1, 0.0))])
+                await connection.run_sync(store.append_failures, [(cursor.key, Failure(row, RETRYING, 1, -1.0))])
                 await (connection.commit() if commits else connection.rollback())
             assert len(await exceptions(store)) == commits
         assert [one.row.event_id for one in await due(store, cursor)] == [row.event_id]
@@ -593,7 +592,7 @@ class StoreContract:
 
     async def test_what_is_due_is_recorded_as_begun_before_it_begins(self, store: Store) -> None:
         cursor, rows = await failing(store, 5)
-        waits = {RETRYING: 0.0, WAITING: -1.0}
+        waits = {RETRYING: -1.0, WAITING: -2.0}
         await keep(
             store,
             cursor,
@@ -764,7 +763,7 @@ class StoreContract:
         owner = await worker(store)
         await keep(store, cursor, Failure(later, RETRYING, 1, 3600.0))
         assert (await store.pulse(owner, [READER])).due == []
-        await keep(store, cursor, Failure(row, RETRYING, 1, 0.0))
+        await keep(store, cursor, Failure(row, RETRYING, 1, -1.0))
         assert (await store.pulse(owner, [READER])).due == [cursor.key]
         assert (await store.pulse(owner, [READER])).due == [cursor.key], "until somebody takes it"
         await due(store, cursor)
