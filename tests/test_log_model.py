@@ -384,7 +384,7 @@ def test_every_order_of_transactions_and_reads_delivers_exactly_what_was_committ
     class OnPostgres(LogModel):
         database = staticmethod(opened)
 
-    tried(OnPostgres, 15)
+    tried(OnPostgres, 25)
 
 
 def test_every_order_of_transactions_and_reads_delivers_what_was_committed_on_sqlite() -> None:
@@ -398,4 +398,4 @@ def test_every_order_of_transactions_and_reads_delivers_what_was_committed_on_sq
     class OnSQLite(LogModel):
         database = staticmethod(opened)
 
-    tried(OnSQLite, 15)
+    tried(OnSQLite, 25)

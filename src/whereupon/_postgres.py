@@ -77,22 +77,27 @@ def _snapshot(name: str) -> str:
     return f"(SELECT CAST(CAST(:{name} AS text) AS pg_snapshot))"
 
 
-# What transactions did that S1 did not see, in two parts: each has an index, while an OR of them may be a scan. Ordered
-# as the index is: the planner takes a third of the log for new, and would scan all of it for the first few of them
-# (of an EXISTS it would drop the order). Nothing that S1 did not see is at or below the floor: partitions that lie
-# there are left alone.
-_SINCE = "l.position > :floor AND l.tx_id >= (SELECT pg_snapshot_xmax(CAST(CAST(:snapshot AS text) AS pg_snapshot)))"
-_LATE = "l.position > :floor AND l.tx_id = late.tx_id"
-_LATE_IDS = "(SELECT pg_snapshot_xip(CAST(CAST(:snapshot AS text) AS pg_snapshot)) AS tx_id) AS late"
-_INDEXED = "ORDER BY l.tx_id, l.position"
+# What transactions did that S1 did not see, in two parts: each has an index, while an OR of them may be a scan. The
+# planner must see the ids themselves: of what a subquery computes it assumes a third of the log, and reads all of it.
+# Nothing that S1 did not see is at or below the floor: partitions that lie there are left alone.
+_SINCE = "l.position > :floor AND l.tx_id >= CAST(CAST(:since AS text) AS xid8)"
+_LATE = "l.position > :floor AND l.tx_id = ANY(CAST(CAST(:late AS text) AS xid8[]))"
+_BY_ID = "ORDER BY l.tx_id, l.position"  # as the index has it, whatever the planner thinks of the numbers
+
+
+def _unseen_by(snapshot: str) -> dict[str, str]:
+    """The parameters of `_SINCE` and `_LATE`, but for the floor."""
+    _, xmax, in_progress = snapshot.split(":")
+    return {"since": xmax, "late": f"{{{in_progress}}}"}
 
 
 class PostgresStore(Store):
     def __init__(self, engine: AsyncEngine) -> None:
         super().__init__(engine)
         self.engine = engine.execution_options(isolation_level="READ COMMITTED")
-        self.now = func.clock_timestamp()
-        self.now_as_time = func.clock_timestamp()
+        # the time of the statement: an index can be asked for it, while clock_timestamp() is asked anew for each row
+        self.now = func.statement_timestamp()
+        self.now_as_time = func.statement_timestamp()
         self.upsert = postgresql.insert
         self._seen: str | None = None
         self._workers: str | None = None
@@ -273,7 +278,7 @@ class PostgresStore(Store):
             if place.target is None:
                 floor = self.floor(place.snapshot)
                 parameters = {
-                    "snapshot": place.snapshot,
+                    **_unseen_by(place.snapshot),
                     "floor": floor,
                     "limit": limit + 1,
                     "toward": None if toward is None else toward.snapshot,
@@ -286,7 +291,9 @@ class PostgresStore(Store):
                     rows.sort(key=lambda row: row.position)
                     return Page(rows, (place.snapshot, now), Place(now), toward is None)
                 # more than a page: from its least position on, which a late commit may have put far back
-                first = await connection.scalar(_FIRST, {"snapshot": place.snapshot, "target": now, "floor": floor})
+                first = await connection.scalar(
+                    _FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor}
+                )
                 place = Place(place.snapshot, now, first - 1)
             rows = await self._next_of(connection, place, types, limit)
         assert place.target is not None
@@ -337,7 +344,7 @@ class PostgresStore(Store):
                 await connection.execute(
                     _PULSE,
                     {
-                        "snapshot": self._seen or "1:1:",
+                        **_unseen_by(self._seen or "1:1:"),
                         "floor": 0 if self._seen is None else self.floor(self._seen),
                         "owner": owner,
                         "names": list(names),
@@ -453,37 +460,40 @@ def _key(cursor: Cursor) -> dict[str, Any]:
 
 def _window(now_is_target: bool, all_types: bool) -> TextClause:
     """What a window holds, in no order; at most `limit` of it, so that a large one can be told from a small."""
-    wanted = "" if all_types else " AND l.type = ANY(:types)"
+    # CASE hides from the planner what it knows of types: whoever guesses that few rows are wanted reads all of the log
+    wanted = "" if all_types else " AND CASE WHEN l.type = ANY(:types) THEN true END"
     if not now_is_target:
         wanted += f" AND pg_visible_in_snapshot(l.tx_id, {_snapshot('toward')})"
     target = "pg_current_snapshot()" if now_is_target else _snapshot("toward")
     query = text(
         f"SELECT s.now, r.* FROM (SELECT CAST({target} AS text) AS now) s LEFT JOIN LATERAL ("
-        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} {_INDEXED} LIMIT :limit) UNION ALL "
-        f"(SELECT of_it.* FROM {_LATE_IDS} CROSS JOIN LATERAL (SELECT {_COLUMNS} FROM whereupon_log l "
-        f"WHERE {_LATE}{wanted} {_INDEXED} LIMIT :limit) of_it LIMIT :limit) LIMIT :limit) r ON true"
+        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} {_BY_ID} LIMIT :limit) UNION ALL "
+        f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_LATE}{wanted} {_BY_ID} LIMIT :limit) LIMIT :limit) r ON true"
     ).bindparams(bindparam("floor", type_=BigInteger()))
     return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
 
 
 def _page(all_types: bool) -> TextClause:
-    """The next of a paged window. Its conditions but for the position fit no index: it is the primary key's to read."""
+    """The next of a paged window. Its conditions but for the position fit no index: it is the primary key's to read.
+
+    CASE hides them from the planner: whoever guesses that few rows fulfil them sorts all that is left, for each page.
+    """
     query = text(
         f"SELECT {_COLUMNS} FROM whereupon_log l WHERE l.position > :page AND l.position <= :end "
-        f"AND NOT pg_visible_in_snapshot(l.tx_id, {_snapshot('snapshot')}) "
+        f"AND CASE WHEN NOT pg_visible_in_snapshot(l.tx_id, {_snapshot('snapshot')}) "
         f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')})"
-        f"{'' if all_types else ' AND l.type = ANY(:types)'} ORDER BY l.position LIMIT :limit"
+        f"{'' if all_types else ' AND l.type = ANY(:types)'} THEN true END ORDER BY l.position LIMIT :limit"
     ).bindparams(bindparam("page", type_=BigInteger()), bindparam("end", type_=BigInteger()))
     return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
 
 
 _WINDOW: Final = {(now, every): _window(now, every) for now in (True, False) for every in (True, False)}
 _PAGE: Final = {every: _page(every) for every in (True, False)}
+# OFFSET 0: else the least position would be looked for from the beginning of the log on
 _FIRST: Final = text(
-    f"SELECT least((SELECT min(l.position) FROM whereupon_log l WHERE {_SINCE} "
-    f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')})), "
-    f"(SELECT min(of_it.position) FROM {_LATE_IDS} CROSS JOIN LATERAL "
-    f"(SELECT l.position FROM whereupon_log l WHERE {_LATE} {_INDEXED} LIMIT 1) of_it))"
+    f"SELECT least((SELECT min(n.position) FROM (SELECT l.position FROM whereupon_log l WHERE {_SINCE} "
+    f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')}) {_BY_ID} OFFSET 0) n), "
+    f"(SELECT min(n.position) FROM (SELECT l.position FROM whereupon_log l WHERE {_LATE} {_BY_ID} OFFSET 0) n))"
 ).bindparams(bindparam("floor", type_=BigInteger()))
 
 _CLAIM: Final = text(
@@ -492,7 +502,7 @@ _CLAIM: Final = text(
     "JOIN unnest(:names, :generations, :lanes, :tokens) AS w (subscription, generation, lane, token) "
     "USING (subscription, generation, lane, token) "
     "WHERE k.owner IS NULL OR k.owner = :owner OR NOT EXISTS (SELECT 1 FROM whereupon_process p "
-    "WHERE p.id = k.owner AND p.lease_until > clock_timestamp()) FOR UPDATE OF k SKIP LOCKED) AS free "
+    "WHERE p.id = k.owner AND p.lease_until > statement_timestamp()) FOR UPDATE OF k SKIP LOCKED) AS free "
     "WHERE c.subscription = free.subscription AND c.generation = free.generation AND c.lane = free.lane "
     "RETURNING c.subscription, c.generation, c.lane, c.token, CAST(c.snapshot AS text), CAST(c.target AS text), "
     "c.page, c.done"
@@ -506,15 +516,15 @@ _CLAIM: Final = text(
 
 _PULSE: Final = text(
     "SELECT CAST(pg_current_snapshot() AS text) AS now, "
-    f"(SELECT 1 FROM whereupon_log l WHERE {_SINCE} {_INDEXED} LIMIT 1) IS NOT NULL OR (SELECT 1 FROM {_LATE_IDS} "
-    f"CROSS JOIN LATERAL (SELECT 1 FROM whereupon_log l WHERE {_LATE} {_INDEXED} LIMIT 1) of_it LIMIT 1) IS NOT NULL "
-    "AS grown, (SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "
-    "FROM whereupon_exception x WHERE x.next_at <= clock_timestamp()) AS due, "
+    f"(SELECT true FROM whereupon_log l WHERE {_SINCE} {_BY_ID} LIMIT 1) IS NOT NULL "  # EXISTS would lose the order
+    f"OR (SELECT true FROM whereupon_log l WHERE {_LATE} {_BY_ID} LIMIT 1) IS NOT NULL AS grown, "
+    "(SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "
+    "FROM whereupon_exception x WHERE x.next_at <= statement_timestamp()) AS due, "
     "EXISTS (SELECT 1 FROM whereupon_cursor c JOIN whereupon_subscription s ON s.name = c.subscription "
-    "LEFT JOIN whereupon_process p ON p.id = c.owner AND p.lease_until > clock_timestamp() "
+    "LEFT JOIN whereupon_process p ON p.id = c.owner AND p.lease_until > statement_timestamp() "
     "WHERE c.subscription = ANY(:names) AND CASE WHEN s.paused THEN c.owner = :owner ELSE p.id IS NULL END) "
     "AS restless, (SELECT string_agg(CAST(p.id AS text) || p.serves, ' ' ORDER BY p.id) FROM whereupon_process p "
-    "WHERE p.in_flight > 0 AND p.lease_until > clock_timestamp()) AS workers"
+    "WHERE p.in_flight > 0 AND p.lease_until > statement_timestamp()) AS workers"
 ).bindparams(
     bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text())), bindparam("floor", type_=BigInteger())
 )

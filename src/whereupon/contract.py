@@ -907,17 +907,20 @@ class ConcurrentStoreContract(StoreContract):
             await slow.commit()
         assert await ids(store, (await take_over(store)).place) == [early[2], *late]
 
-    async def test_a_window_is_in_the_order_of_positions_and_not_of_transactions(self, store: Store) -> None:
+    @pytest.mark.parametrize("limit", [1, 2, 3, 10])
+    async def test_a_window_is_in_the_order_of_positions_and_not_of_transactions(
+        self, store: Store, limit: int
+    ) -> None:
         """A transaction that began early but publishes late, after a lock that it waited for, comes later."""
         await register(store)
         place = (await claim(store)).place
         async with store.engine.connect() as first_begun, store.engine.connect() as second_begun:
             await first_begun.execute(text("CREATE TEMPORARY TABLE begun (n INTEGER)"))
-            earlier = await append(store, second_begun, "A")
+            earlier = await append(store, second_begun, "A", "B")
             await second_begun.commit()
-            later = await append(store, first_begun, "A")
+            later = await append(store, first_begun, "A", "B")
             await first_begun.commit()
-        assert await ids(store, place) == [*earlier, *later]
+        assert await ids(store, place, limit) == [*earlier, *later]
 
     async def test_savepoints_write_under_their_transaction(self, store: Store) -> None:
         """A savepoint may have an id of its own; the log must hold that of the transaction."""

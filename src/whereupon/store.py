@@ -537,6 +537,7 @@ class Store(abc.ABC):
             .where(
                 _at(exception, cursor.key),
                 exception.c.position.not_in(active),
+                exception.c.state.in_([RETRYING, WAITING, RUNNING]),  # for the index: dead ones may be many
                 or_(
                     exception.c.state.in_([RETRYING, WAITING]) & (exception.c.next_at <= self.now),
                     exception.c.state == RUNNING,
