@@ -27,7 +27,7 @@ PUBLIC = {
     # errors
     "ActionRefused",
     "BusStateError", "DatabaseError", "DatabaseUnavailableError", "DuplicateSubscriptionError", "EventDecodingError",
-    "EventDefinitionError", "EventEncodingError", "ForeignSessionError", "HandlerSessionError", "HandlerTimeout",
+    "EventDefinitionError", "EventEncodingError", "ForeignClusterError", "ForeignSessionError", "HandlerSessionError", "HandlerTimeout",
     "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionError", "UnknownEventError",
     "UnsupportedDatabaseError", "WhereuponError",
 }  # fmt: skip

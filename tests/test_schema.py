@@ -34,11 +34,11 @@ async def on(url: str, work: Any) -> Any:
 
 
 async def tables(url: str) -> set[str]:
-    """The tables, without the partitions of the log."""
+    """The tables that both databases have, without the partitions of the log."""
 
     def names(connection: Connection) -> set[str]:
         found = inspect(connection).get_table_names()
-        return {name for name in found if not name.startswith(("sqlite_", "whereupon_log_"))}
+        return {name for name in found if not name.startswith(("sqlite_", "whereupon_log_", "whereupon_cluster"))}
 
     found: set[str] = await on(url, names)
     return found

@@ -20,19 +20,18 @@ from sqlalchemy import (
     BindParameter,
     Connection,
     Integer,
+    LargeBinary,
     Text,
     TextClause,
     Uuid,
     bindparam,
     func,
-    insert,
     text,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from whereupon.schema import log
 from whereupon.store import (
     Cursor,
     LaneKey,
@@ -169,7 +168,7 @@ class PostgresStore(Store):
                         "WHERE NOT EXISTS (SELECT 1 FROM whereupon_subscription s WHERE s.name = w.name) "
                         "ON CONFLICT DO NOTHING RETURNING name, lanes) "
                         "INSERT INTO whereupon_cursor (subscription, lane, snapshot) "
-                        "SELECT name, lane, pg_current_snapshot() FROM made, generate_series(0, lanes - 1) AS lane"
+                        "SELECT name, lane, whereupon_snapshot() FROM made, generate_series(0, lanes - 1) AS lane"
                     ).bindparams(
                         bindparam("names", type_=ARRAY(Text())),
                         bindparam("lanes", type_=ARRAY(Integer())),
@@ -191,12 +190,14 @@ class PostgresStore(Store):
                 return {row.name: row.lanes for row in rows}
 
     def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
-        values = [record._asdict() for record in records]
-        if positions:
-            rows = connection.execute(insert(log).returning(log.c.position, sort_by_parameter_order=True), values)
-            return list(rows.scalars())
-        connection.execute(insert(log).inline(), values)
-        return []
+        columns: dict[str, list[Any]] = {
+            name: [getattr(record, name) for record in records] for name in Record._fields if name != "ran"
+        }
+        columns["ran"] = [
+            None if record.ran is None else msgspec.json.encode(record.ran).decode() for record in records
+        ]
+        rows = connection.execute(_APPEND[positions], columns)
+        return list(rows.scalars()) if positions else []
 
     # --- lanes ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class PostgresStore(Store):
         return cursors
 
     async def end(self, connection: AsyncConnection) -> Place:
-        return Place(str(await connection.scalar(text("SELECT CAST(pg_current_snapshot() AS text)"))))
+        return Place(str(await connection.scalar(text("SELECT CAST(whereupon_snapshot() AS text)"))))
 
     async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
         rows = await connection.execute(
@@ -291,9 +292,7 @@ class PostgresStore(Store):
                     rows.sort(key=lambda row: row.position)
                     return Page(rows, (place.snapshot, now), Place(now), toward is None)
                 # more than a page: from its least position on, which a late commit may have put far back
-                first = await connection.scalar(
-                    _FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor}
-                )
+                first = await connection.scalar(_FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor})
                 place = Place(place.snapshot, now, first - 1)
             rows = await self._next_of(connection, place, types, limit)
         assert place.target is not None
@@ -464,7 +463,7 @@ def _window(now_is_target: bool, all_types: bool) -> TextClause:
     wanted = "" if all_types else " AND CASE WHEN l.type = ANY(:types) THEN true END"
     if not now_is_target:
         wanted += f" AND pg_visible_in_snapshot(l.tx_id, {_snapshot('toward')})"
-    target = "pg_current_snapshot()" if now_is_target else _snapshot("toward")
+    target = "whereupon_snapshot()" if now_is_target else _snapshot("toward")
     query = text(
         f"SELECT s.now, r.* FROM (SELECT CAST({target} AS text) AS now) s LEFT JOIN LATERAL ("
         f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} {_BY_ID} LIMIT :limit) UNION ALL "
@@ -496,6 +495,22 @@ _FIRST: Final = text(
     f"(SELECT min(n.position) FROM (SELECT l.position FROM whereupon_log l WHERE {_LATE} {_BY_ID} OFFSET 0) n))"
 ).bindparams(bindparam("floor", type_=BigInteger()))
 
+# One statement whatever their number; the transaction's id is worked out once, and before the first position is drawn.
+_APPEND: Final = {
+    positions: text(
+        "INSERT INTO whereupon_log (tx_id, event_id, type, version, payload, headers, keys, ran) "
+        "SELECT (SELECT whereupon_xact_id()), e.event_id, e.type, e.version, e.payload, e.headers, e.keys, "
+        "CAST(e.ran AS jsonb) FROM unnest(:event_id, :type, :version, :payload, :headers, :keys, :ran) "
+        f"AS e (event_id, type, version, payload, headers, keys, ran){' RETURNING position' if positions else ''}"
+    ).bindparams(
+        bindparam("event_id", type_=ARRAY(Uuid())),
+        bindparam("version", type_=ARRAY(Integer())),
+        bindparam("payload", type_=ARRAY(LargeBinary())),
+        *(bindparam(name, type_=ARRAY(Text())) for name in ("type", "headers", "keys", "ran")),
+    )
+    for positions in (False, True)
+}
+
 _CLAIM: Final = text(
     "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1 FROM ("
     "SELECT k.subscription, k.generation, k.lane FROM whereupon_cursor k "
@@ -515,7 +530,7 @@ _CLAIM: Final = text(
 )
 
 _PULSE: Final = text(
-    "SELECT CAST(pg_current_snapshot() AS text) AS now, "
+    "SELECT CAST(whereupon_snapshot() AS text) AS now, "
     f"(SELECT true FROM whereupon_log l WHERE {_SINCE} {_BY_ID} LIMIT 1) IS NOT NULL "  # EXISTS would lose the order
     f"OR (SELECT true FROM whereupon_log l WHERE {_LATE} {_BY_ID} LIMIT 1) IS NOT NULL AS grown, "
     "(SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "

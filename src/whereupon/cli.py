@@ -22,6 +22,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from whereupon import schema
+from whereupon.cluster import Rebase
 from whereupon.durable import EventBus
 from whereupon.errors import DatabaseUnavailableError, WhereuponError
 from whereupon.retention import Pruned
@@ -218,6 +219,32 @@ def status(target: Where = None, /, *, url: Url = None) -> int:
     revision = asyncio.run(run())
     schema.check_revision(revision, bus.database)
     answer(f"{bus.database} is at revision {revision}, as this build needs it.")
+    return 0
+
+
+@db.command
+def rebase(target: Where = None, /, *, url: Url = None) -> int:
+    """Go on in the PostgreSQL cluster that the database was restored or replicated into.
+
+    Needed once after a restore from a dump, a switch to a logical replica or pg_upgrade: until then nothing is
+    delivered, and what is published waits. Each subscription goes on where it stood. Safe to repeat.
+    """
+    bus = _bus_for(target, url)
+
+    async def run() -> Rebase:
+        try:
+            return await bus.rebase()
+        finally:
+            await _dispose(bus)
+
+    done = asyncio.run(run())
+    if done.needed:
+        answer(
+            f"{bus.database} goes on here, its cluster number {done.number}. {done.placed} events that were published "
+            "here before this are delivered after all older ones. Start the workers."
+        )
+    else:
+        answer(f"{bus.database} is where it was: nothing to do.")
     return 0
 
 

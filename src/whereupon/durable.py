@@ -29,7 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from whereupon import _staging, schema
+from whereupon import _staging, cluster, schema
 from whereupon._dispatch import Call, Runner
 from whereupon._postgres import PostgresStore
 from whereupon._sqlite import SQLiteStore, configure
@@ -541,6 +541,7 @@ class EventBus(Subscribing):
         try:
             await self._ready()
             if self._deliver if deliver is None else deliver:
+                await cluster.check(self._store)
                 worker = self.make_worker()
                 with self._store.reaching():
                     await worker.start()
@@ -659,6 +660,10 @@ class EventBus(Subscribing):
         await self._store.prepare(create=False)
         with self._store.reaching():
             return await prune(self._store, older_than, dry_run=dry_run, on_progress=on_progress)
+
+    async def rebase(self) -> cluster.Rebase:
+        """Go on in the PostgreSQL cluster that the database was restored or replicated into; see `cluster`."""
+        return await cluster.rebase(self._store)
 
     # --- what became of events --------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ WhereuponError
 ├── DatabaseError                           the bus's database
 │   ├── UnsupportedDatabaseError (ValueError)
 │   ├── DatabaseUnavailableError (ConnectionError)
+│   ├── ForeignClusterError                 restored or replicated elsewhere, and not rebased
 │   └── SchemaError                         tables missing, or of another version
 ├── BusStateError (RuntimeError)            the bus is closed, not running, or on another loop
 ├── HandlerSessionError (RuntimeError)      a handler tried to end a transaction that is not its own
@@ -77,6 +78,10 @@ class UnsupportedDatabaseError(DatabaseError, ValueError):
 
 class DatabaseUnavailableError(DatabaseError, ConnectionError):
     """The database can't be reached."""
+
+
+class ForeignClusterError(DatabaseError):
+    """The database was moved to another PostgreSQL cluster; `whereupon db rebase` is to be run there."""
 
 
 class SchemaError(DatabaseError):

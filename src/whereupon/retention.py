@@ -30,6 +30,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from whereupon._postgres import PostgresStore
+from whereupon.cluster import place
 from whereupon.logs import message_of
 from whereupon.schema import cursor as cursor_table
 from whereupon.schema import history, log, meta, process
@@ -355,7 +356,7 @@ async def _try_to_drop(store: Store, partition: Partition, report: Pruned, on_pr
     name = partition.name
     async with _patient(store) as connection:
         await store.exclusively(connection, "retention")
-        judged = await connection.scalar(text("SELECT CAST(pg_current_snapshot() AS text)"))
+        judged = await connection.scalar(text("SELECT CAST(whereupon_snapshot() AS text)"))
         # its end first, which an index tells: most partitions are younger, and few are read as a whole
         if await _is_young(connection, f"SELECT recorded_at FROM {name} ORDER BY position DESC LIMIT 1", report):
             return False
@@ -484,7 +485,7 @@ async def mark(store: PostgresStore) -> None:
         marks = [] if known is None else msgspec.json.decode(known, type=list[tuple[int, int]])
         if position <= max((mark[0] for mark in marks), default=0):
             return
-        tx_id = await connection.scalar(text("SELECT CAST(pg_current_xact_id() AS text)"))
+        tx_id = await connection.scalar(text("SELECT CAST(whereupon_xact_id() AS text)"))
         kept: dict[int, tuple[int, int]] = {}
         for one in marks[:-FINE]:
             kept[one[0] // SIZE] = one  # the last of each partition
@@ -569,6 +570,7 @@ class Upkeep:
         if _on_postgres(self._store):
             await self._try("log_marks_not_kept", partial(self._mark, self._store))
             await self._try("log_partitions_not_made", self._make_partitions)
+            await self._try("log_events_not_placed", self._place)
         if time.monotonic() >= self._prune_at:
             self._prune_at = time.monotonic() + random.uniform(0.9, 1.1) * HOUR
             await self._try("log_not_pruned", self._prune)
@@ -600,6 +602,11 @@ class Upkeep:
     async def _make_partitions(self) -> None:
         if made := await make_partitions(self._store):
             self._log("info", "log_partitions_made", partitions=made)
+
+    async def _place(self) -> None:
+        """What a publisher wrote after a rebase, in a transaction that has seen the database as it was before."""
+        async with self._store.writing() as connection:
+            await place(connection)
 
     async def _prune(self) -> None:
         if not await self._my_turn():

@@ -16,13 +16,52 @@ depends_on = None
 # The log of PostgreSQL is cut into ranges of positions, so that pruning drops tables. Workers make them ahead of the
 # sequence (whereupon.retention); what they did not make in time goes into the default one, so publishing needs none of
 # them. tx_id comes before position, as do their defaults: whoever draws a position has its transaction's id by then.
+#
+# Transaction ids mean something in one cluster only. Those of the log, and the snapshots of cursors, are shifted by
+# 2**48 for each cluster that the database was moved to (whereupon.cluster), so they go on ascending. What is written
+# into a cluster that is not known yet is shifted by 2**62: no cursor has passed it, none sees it before the rebase.
 _POSTGRESQL = """
 CREATE TABLE whereupon_meta (key varchar(50) PRIMARY KEY, value text NOT NULL);
+
+CREATE TABLE whereupon_cluster (
+    number smallint PRIMARY KEY,
+    system_identifier bigint NOT NULL,
+    since timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+INSERT INTO whereupon_cluster (number, system_identifier) SELECT 0, system_identifier FROM pg_control_system();
+
+CREATE FUNCTION whereupon_shift() RETURNS bigint LANGUAGE sql STABLE AS $$
+SELECT CASE WHEN c.system_identifier = s.system_identifier THEN c.number::bigint << 48 ELSE 1::bigint << 62 END
+FROM whereupon_cluster c CROSS JOIN pg_control_system() s ORDER BY c.number DESC LIMIT 1
+$$;
+
+CREATE FUNCTION whereupon_xact_id() RETURNS xid8 LANGUAGE sql VOLATILE AS $$
+SELECT CAST(CAST(CAST(CAST(pg_current_xact_id() AS text) AS bigint) + whereupon_shift() AS text) AS xid8)
+$$;
+
+CREATE FUNCTION whereupon_snapshot() RETURNS pg_snapshot LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    shift bigint := whereupon_shift();
+    seen pg_snapshot := pg_current_snapshot();
+BEGIN
+    IF shift = 0 THEN
+        RETURN seen;
+    ELSIF shift = 1::bigint << 62 THEN
+        RAISE EXCEPTION 'this database was restored or replicated into another cluster, whose transaction ids differ'
+            USING ERRCODE = '55000', HINT = 'Run `whereupon db rebase`.';
+    END IF;
+    RETURN CAST(format('%s:%s:%s',
+        CAST(CAST(pg_snapshot_xmin(seen) AS text) AS bigint) + shift,
+        CAST(CAST(pg_snapshot_xmax(seen) AS text) AS bigint) + shift,
+        (SELECT string_agg(CAST(CAST(CAST(x AS text) AS bigint) + shift AS text), ',' ORDER BY x)
+            FROM pg_snapshot_xip(seen) AS x)) AS pg_snapshot);
+END $$;
 
 CREATE SEQUENCE whereupon_log_position AS bigint CACHE 1;
 
 CREATE TABLE whereupon_log (
-    tx_id xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    tx_id xid8 NOT NULL DEFAULT whereupon_xact_id(),
     position bigint NOT NULL DEFAULT nextval('whereupon_log_position'),
     event_id uuid NOT NULL,
     type text NOT NULL,
@@ -354,4 +393,6 @@ def downgrade() -> None:
     for table in ("audit", "action", "history", "exception", "cursor", "subscription", "process", "log", "meta"):
         op.drop_table(f"whereupon_{table}")
     if op.get_context().dialect.name == "postgresql":
-        op.execute("DROP FUNCTION whereupon_audit_refuses()")
+        op.drop_table("whereupon_cluster")
+        for function in ("audit_refuses", "snapshot", "xact_id", "shift"):
+            op.execute(f"DROP FUNCTION whereupon_{function}()")
