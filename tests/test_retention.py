@@ -576,6 +576,25 @@ async def test_a_worker_makes_partitions_and_prunes_if_it_was_told_how_long_to_k
         assert "whereupon_log_2000001" in await names(bus)
 
 
+async def test_a_bus_that_retains_for_so_long_prunes_while_it_runs(
+    bus: EventBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda low, high: low)  # the first time at once
+    heard_by(bus, "one")
+    async with bus:
+        await publish(bus, 1, 2)
+        await bus.drain(10)
+    await execute(bus, "UPDATE whereupon_log SET recorded_at = '2020-01-01 00:00:00.000000' WHERE position = 1")
+    assert await positions(bus) == [1, 2]
+    await execute(bus, "DELETE FROM whereupon_meta WHERE key = 'pruned_at'")
+    keeping = EventBus(bus.engine, retain=timedelta(days=30), logger=Records())
+    heard_by(keeping, "one")
+    async with keeping:
+        logger: Any = keeping.logger
+        await until(lambda: logger.of("log_pruned"))
+    assert await positions(bus) == [2]
+
+
 async def test_a_worker_whose_user_owns_no_tables_says_so_once_and_goes_on(on_postgres: EventBus) -> None:
     bus = on_postgres
     await in_partitions_of(bus, 10, number=1)
@@ -699,6 +718,18 @@ async def test_a_floor_lies_above_nothing_that_a_transaction_in_progress_may_sti
     async with bus:
         await bus.drain(10)
     assert len(heard) == 6
+
+
+async def test_whoever_draws_a_position_has_its_transactions_id_by_then(on_postgres: EventBus) -> None:
+    """Marks rely on it: the defaults are evaluated in the order of the log's columns."""
+    bus = on_postgres
+    await bus._store.prepare(create=True)
+    values = "event_id, type, version, payload, headers"
+    several = "SELECT gen_random_uuid(), 'A', n, 'x', '{}' FROM generate_series(1, 3) AS n ORDER BY n DESC"
+    for source in ("VALUES (gen_random_uuid(), 'A', 1, 'x', '{}')", several):
+        plan = await rows(bus, f"EXPLAIN (VERBOSE) INSERT INTO whereupon_log ({values}) {source} RETURNING position")
+        (output,) = [row[0] for row in plan if "nextval" in row[0]]
+        assert output.index("pg_current_xact_id()") < output.index("nextval")
 
 
 async def marked(store: PostgresStore) -> str:
