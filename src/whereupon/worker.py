@@ -524,11 +524,14 @@ class Worker:
                     lane.offer(one, found[1])
         self.pump()
 
+    def _goes_on(self, lane: Lane) -> bool:
+        return not (self.stopping or lane.lost or lane.releasing)
+
     async def catch_up(self, lane: Lane) -> None:
         """Read for one lane until it stands where the others do."""
         types = _types([lane.share])
         failures = 0
-        while not self.stopping and not lane.lost and not lane.releasing:
+        while self._goes_on(lane):
             if self._attach(lane):
                 self.look()
                 return
@@ -554,7 +557,7 @@ class Worker:
                 await self.pause_after(error, failures)
                 continue
             failures = 0
-            if lane.lost or lane.releasing:
+            if not self._goes_on(lane):
                 return
             self._offer_mine(lane, [Logged(row, page.window) for row in page.rows])
             lane.read_to(page.after)
