@@ -443,7 +443,7 @@ async def test_parked_behind_nobody(depot: Depot) -> None:
             await go_on.wait()
             return found
 
-        store.unpark = unpark_late  # type: ignore[method-assign]
+        store.unpark = unpark_late  # type: ignore[assignment, method-assign]
         sending = asyncio.create_task(depot.send(desk, ("long", 2)))
         async with asyncio.timeout(10):
             [second] = await sending
@@ -477,7 +477,7 @@ async def test_a_retry_that_succeeds_in_its_transaction_and_a_skip_behind_it_do_
             await go_on.wait()
             return found
 
-        store.forget = forget_late  # type: ignore[method-assign]
+        store.forget = forget_late  # type: ignore[assignment, method-assign]
         await desk.operator.retry("parcels", events[0].event_id, reason="glued")
         async with asyncio.timeout(10):
             await forgotten.wait()

@@ -158,28 +158,6 @@ class SQLiteStore(Store):
             await self.load_exceptions(connection, cursors)
         return cursors
 
-    async def end(self, connection: AsyncConnection) -> int:
-        last = await connection.scalar(text("SELECT seq FROM sqlite_sequence WHERE name = 'whereupon_log'"))
-        return int(last or 0)
-
-    async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
-        rows = await connection.execute(
-            select(
-                cursor_table.c.generation, cursor_table.c.lane, cursor_table.c.token, cursor_table.c.page, text("done")
-            )
-            .where(cursor_table.c.subscription == name)
-            .order_by(cursor_table.c.generation, cursor_table.c.lane)
-        )
-        return [
-            Cursor(LaneKey(name, row.generation, row.lane), row.token, row.page, set(json.loads(row.done)))
-            for row in rows
-        ]
-
-    async def lay(self, connection: AsyncConnection, keys: Sequence[LaneKey], place: int, token: int) -> None:
-        await connection.execute(
-            insert(cursor_table), [{**key._asdict(), "page": place, "token": token} for key in keys]
-        )
-
     async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
         rows = await connection.execute(
             select(exception.c.subscription, exception.c.generation, exception.c.lane, exception.c.position)

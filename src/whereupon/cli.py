@@ -1,4 +1,4 @@
-"""The command line: `whereupon worker`, `whereupon db upgrade`."""
+"""The command line: `whereupon worker`, `whereupon db upgrade`, `whereupon handlers`, `whereupon dead`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import timedelta
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+from uuid import UUID
 
 import cyclopts
 import msgspec
@@ -22,6 +24,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from whereupon import schema
+from whereupon.action import DeadLetter, HandlerState
 from whereupon.cluster import Rebase
 from whereupon.durable import EventBus
 from whereupon.errors import DatabaseUnavailableError, WhereuponError
@@ -29,6 +32,11 @@ from whereupon.retention import Pruned
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
+SHOWN: Final = 10
+"""Dead letters that a plan names one by one."""
+NEWLINE: Final = "\n"
+
+T = TypeVar("T")
 
 out = Console()
 err = Console(stderr=True)
@@ -42,6 +50,10 @@ app = cyclopts.App(
 )
 db = cyclopts.App(name="db", help="The tables that whereupon keeps in the application's database.")
 app.command(db)
+handlers = cyclopts.App(name="handlers", help="Subscriptions: pause, resume, retire, change their lanes.")
+app.command(handlers)
+dead = cyclopts.App(name="dead", help="Dead letters: deliveries that used up their attempts.")
+app.command(dead)
 
 Target = Annotated[
     str, Parameter(help="Where the bus is: `package.module:name`; a function without arguments is called.")
@@ -309,6 +321,378 @@ def _told(report: Pruned) -> Iterator[str]:
                 yield f"  {kept.where} keeps some, and goes as a whole when its last event is old enough"
             case _:
                 yield f"  {kept.where} stays for now: a transaction was in the way all the time. Try again later"
+
+
+# --- operating --------------------------------------------------------------------------------------------------------
+
+Reason = Annotated[str, Parameter(help="Why; kept with what is done.")]
+Author = Annotated[str | None, Parameter(help="Who does it; the user of this machine unless given.")]
+Yes = Annotated[bool, Parameter(negative="", help="Do it without asking.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Answer in JSON.")]
+Name = Annotated[str, Parameter(help="The subscription.")]
+Event = Annotated[UUID, Parameter(help="The event's id.")]
+Only = Annotated[str | None, Parameter(help="Of this subscription.")]
+ErrorType = Annotated[str | None, Parameter(help="That died of this error, as `ValueError`.")]
+
+
+def _operate(target: str | None, url: str | None, work: Callable[[EventBus], Coroutine[Any, Any, T]]) -> T:
+    """What `work` returns for the bus that was named."""
+    bus = _bus_for(target, url)
+
+    async def run() -> T:
+        try:
+            return await work(bus)
+        finally:
+            await _dispose(bus)
+
+    return asyncio.run(run())
+
+
+def _confirm(plan: str, yes: bool) -> bool:
+    """Show what is to be done, and ask whether to do it. Raises `_Refused` where nobody can be asked."""
+    say(plan)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise _Refused("nobody can be asked whether to do this, since stdin is no terminal: add --yes")
+    err.print("Do it? [y/N] ", end="", markup=False, highlight=False)
+    if input().strip().lower() in ("y", "yes"):
+        return True
+    say("nothing was changed.")
+    return False
+
+
+def _answer_json(value: Any) -> None:
+    out.print(
+        msgspec.json.format(msgspec.json.encode(value), indent=2).decode(),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _done(text: str, as_json: bool, **facts: Any) -> int:
+    if as_json:
+        _answer_json(facts)
+    else:
+        answer(text)
+    return 0
+
+
+@handlers.command(name="list")
+def list_handlers(target: Where = None, /, *, url: Url = None, as_json: Json = False) -> int:
+    """Say which subscriptions there are, and how they are."""
+    found = _operate(target, url, lambda bus: bus.operator.handlers())
+    if as_json:
+        _answer_json(found)
+        return 0
+    for one in found:
+        order = f", ordered by {one.ordered_by}" if one.ordered_by else ""
+        counts = "".join(f", {number} {state}" for state, number in sorted(one.exceptions.items()))
+        served = "paused" if one.paused else f"{one.held} of {one.lanes} lanes held"
+        answer(f"{one.name}: {served}{order}{counts}")
+    if not found:
+        answer("no subscriptions.")
+    return 0
+
+
+def _plan_for(one: HandlerState) -> str:
+    counts = ", ".join(f"{number} {state}" for state, number in sorted(one.exceptions.items())) or "none"
+    return f"{one.name}: {one.lanes} lanes, {one.held} held by workers; exceptions: {counts}"
+
+
+async def _handler(bus: EventBus, name: str) -> HandlerState:
+    found = {one.name: one for one in await bus.operator.handlers()}
+    if name not in found:
+        raise _Refused(f"there is no subscription {name!r} in {bus.database}: there is {', '.join(found) or 'none'}")
+    return found[name]
+
+
+@handlers.command
+def pause(
+    name: Name,
+    target: Where = None,
+    /,
+    *,
+    reason: Reason,
+    author: Author = None,
+    url: Url = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Have no worker begin deliveries of a subscription, until it is resumed. What runs ends."""
+    return _pause(name, target, url, reason, author, yes, as_json, pausing=True)
+
+
+@handlers.command
+def resume(
+    name: Name,
+    target: Where = None,
+    /,
+    *,
+    reason: Reason,
+    author: Author = None,
+    url: Url = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Have workers deliver again where they stopped."""
+    return _pause(name, target, url, reason, author, yes, as_json, pausing=False)
+
+
+def _pause(
+    name: str,
+    target: str | None,
+    url: str | None,
+    reason: str,
+    author: str | None,
+    yes: bool,
+    as_json: bool,
+    *,
+    pausing: bool,
+) -> int:
+    what = "pause" if pausing else "resume"
+
+    async def work(bus: EventBus) -> int:
+        one = await _handler(bus, name)
+        if not _confirm(f"{what} {_plan_for(one)}", yes):
+            return EXIT_ERROR
+        act = bus.operator.pause if pausing else bus.operator.resume
+        changed = await act(name, reason, author=author)
+        text = (
+            f"{name} is {what}d."
+            if changed
+            else f"{name} was {what}d already."
+            if pausing
+            else f"{name} was not paused."
+        )
+        return _done(text, as_json, subscription=name, changed=changed)
+
+    return _operate(target, url, work)
+
+
+@handlers.command
+def retire(
+    name: Name,
+    target: Where = None,
+    /,
+    *,
+    reason: Reason,
+    author: Author = None,
+    url: Url = None,
+    yes: Yes = False,
+    force: Annotated[bool, Parameter(negative="", help="Even while a live worker serves it.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Forget a subscription that no build declares any more: its place in the log and its exceptions are deleted."""
+
+    async def work(bus: EventBus) -> int:
+        one = await _handler(bus, name)
+        if not _confirm(f"retire {_plan_for(one)}; its place in the log and its exceptions are deleted", yes):
+            return EXIT_ERROR
+        lost = await bus.operator.retire(name, reason, author=author, force=force)
+        text = f"{name} is retired, with {sum(lost.values())} exceptions."
+        return _done(text, as_json, subscription=name, exceptions=lost)
+
+    return _operate(target, url, work)
+
+
+@handlers.command
+def lanes(
+    name: Name,
+    number: Annotated[int, Parameter(help="Into how many lanes.")],
+    target: Target,
+    /,
+    *,
+    reason: Reason,
+    author: Author = None,
+    yes: Yes = False,
+    timeout: Annotated[float, Parameter(help="Seconds to wait for what runs.")] = 60.0,
+    as_json: Json = False,
+) -> int:
+    """Split a subscription into another number of lanes. It is paused meanwhile."""
+
+    async def work(bus: EventBus) -> int:
+        one = await _handler(bus, name)
+        if not _confirm(f"split into {number} lanes, pausing meanwhile: {_plan_for(one)}", yes):
+            return EXIT_ERROR
+
+        def progress(held: int) -> None:
+            say(f"{held} lanes are held." if held else "no lane is held any more.")
+
+        before = await bus.operator.lanes(name, number, reason, author=author, timeout=timeout, progress=progress)
+        text = f"{name} has {number} lanes now (before: {before})."
+        return _done(text, as_json, subscription=name, lanes=number, before=before)
+
+    return _operate(target, None, work)
+
+
+@dead.command(name="list")
+def list_dead(
+    target: Where = None,
+    /,
+    *,
+    url: Url = None,
+    subscription: Only = None,
+    error_type: ErrorType = None,
+    after: Annotated[int, Parameter(help="Go on after this id, the last that was listed.")] = 0,
+    limit: Annotated[int, Parameter(help="So many at most.")] = 100,
+    as_json: Json = False,
+) -> int:
+    """List dead letters, oldest first."""
+    found = _operate(
+        target, url, lambda bus: bus.operator.dead(subscription, error_type=error_type, after=after, limit=limit)
+    )
+    if as_json:
+        _answer_json([_shown_letter(letter) for letter in found])
+        return 0
+    for letter in found:
+        answer(_line(letter))
+    if not found:
+        answer("no dead letters.")
+    elif len(found) == limit:
+        answer(f"there may be more: --after {found[-1].id}")
+    return 0
+
+
+def _line(letter: DeadLetter) -> str:
+    return (
+        f"{letter.id}  {letter.subscription}  {letter.event_id}  {letter.event_type}  {letter.attempts} attempts  "
+        f"{letter.error_type}: {(letter.error_message or '').partition(NEWLINE)[0]}"
+    )
+
+
+def _shown_letter(letter: DeadLetter) -> dict[str, Any]:
+    shown = {name: getattr(letter, name) for name in letter.__dataclass_fields__}
+    if letter.payload is not None:
+        shown["payload"] = letter.payload.decode("utf-8", "backslashreplace")
+    return shown
+
+
+@dead.command
+def show(subscription: Name, event: Event, target: Where = None, /, *, url: Url = None, as_json: Json = False) -> int:
+    """Show one delivery with its event and its error, dead or waiting for something else."""
+    letter = _operate(target, url, lambda bus: bus.operator.delivery(subscription, event))
+    shown = _shown_letter(letter)
+    if as_json:
+        _answer_json(shown)
+        return 0
+    for name, value in shown.items():
+        if value is not None:
+            answer(f"{name}: {value}")
+    return 0
+
+
+Chosen = Annotated[UUID | None, Parameter(name="--event", help="This event only; takes --subscription as well.")]
+Limit = Annotated[int, Parameter(help="So many at most, the oldest first.")]
+
+
+@dead.command
+def retry(
+    target: Where = None,
+    /,
+    *,
+    reason: Reason,
+    subscription: Only = None,
+    event: Chosen = None,
+    error_type: ErrorType = None,
+    limit: Limit = 1000,
+    author: Author = None,
+    url: Url = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Deliver dead letters again, with all their attempts."""
+    return _settle("retry", target, url, subscription, event, error_type, limit, reason, author, yes, as_json)
+
+
+@dead.command
+def skip(
+    target: Where = None,
+    /,
+    *,
+    reason: Reason,
+    subscription: Only = None,
+    event: Chosen = None,
+    error_type: ErrorType = None,
+    limit: Limit = 1000,
+    author: Author = None,
+    url: Url = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Settle dead letters without a delivery; what waits behind them goes on."""
+    return _settle("skip", target, url, subscription, event, error_type, limit, reason, author, yes, as_json)
+
+
+def _settle(
+    what: str,
+    target: str | None,
+    url: str | None,
+    subscription: str | None,
+    event: UUID | None,
+    error_type: str | None,
+    limit: int,
+    reason: str,
+    author: str | None,
+    yes: bool,
+    as_json: bool,
+) -> int:
+    if subscription is None and (event is not None or error_type is None):
+        raise _Refused("say which: --subscription NAME, with --event ID for one; or --error-type NAME")
+    if event is not None and error_type is not None:
+        raise _Refused("--event names one dead letter: leave --error-type out")
+
+    async def work(bus: EventBus) -> int:
+        if event is not None:
+            found = [await bus.operator.delivery(str(subscription), event)]
+        else:
+            found = await bus.operator.dead(subscription, error_type=error_type, limit=limit)
+        if not found:
+            return _done("no dead letters.", as_json, changed=0)
+        lines = [f"{what} {len(found)} of these:", *(_line(letter) for letter in found[:SHOWN])]
+        if len(found) > SHOWN:
+            lines.append(f"and {len(found) - SHOWN} more")
+        if not _confirm(NEWLINE.join(lines), yes):
+            return EXIT_ERROR
+        act = bus.operator.retry if what == "retry" else bus.operator.skip
+        changed = await act(subscription, event, reason=reason, author=author, error_type=error_type, limit=len(found))
+        told = "delivered again" if what == "retry" else "skipped"
+        return _done(f"{changed} dead letters are {told}.", as_json, changed=changed)
+
+    return _operate(target, url, work)
+
+
+@dead.command
+def edit(
+    subscription: Name,
+    event: Event,
+    target: Target,
+    /,
+    *,
+    reason: Reason,
+    payload: Annotated[str, Parameter(help="The event's fields as a JSON object; `@FILE` reads them from a file.")],
+    author: Author = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Give a dead letter other fields, and deliver it again. The log keeps what was published."""
+    try:
+        text = Path(payload[1:]).read_bytes() if payload.startswith("@") else payload.encode()
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+        raise _Refused(f"--payload is no JSON object: {error}") from None
+
+    async def work(bus: EventBus) -> int:
+        letter = await bus.operator.delivery(subscription, event)
+        now = _shown_letter(letter)["payload"]
+        plan = (_line(letter), f"now:  {now}", f"then: {msgspec.json.encode(fields).decode()}")
+        if not _confirm(NEWLINE.join(("edit and retry:", *plan)), yes):
+            return EXIT_ERROR
+        await bus.operator.edit(subscription, event, fields, reason=reason, author=author)
+        return _done(f"{event} is delivered again to {subscription}, as edited.", as_json, changed=1)
+
+    return _operate(target, None, work)
 
 
 def say(text: str, style: str = "") -> None:

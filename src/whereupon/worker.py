@@ -298,8 +298,8 @@ class Worker:
         if not mine[0][1]:
             await self.store.serve(self.id, list(self.shares))
         known = {state.key for state in layout.lanes}
-        for lane in [lane for key, lane in self.lanes.items() if key not in known]:
-            self.lose(lane)  # its subscription was retired
+        for gone in [lane for key, lane in self.lanes.items() if key not in known]:
+            self.lose(gone)  # its subscription was retired
         wanted: list[LaneState] = []
         for name in self.shares:
             lanes = [lane for lane in layout.lanes if lane.key.subscription == name]
