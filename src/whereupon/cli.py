@@ -34,7 +34,6 @@ EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 SHOWN: Final = 10
 """Dead letters that a plan names one by one."""
-NEWLINE: Final = "\n"
 
 T = TypeVar("T")
 
@@ -556,9 +555,10 @@ def list_dead(
 
 
 def _line(letter: DeadLetter) -> str:
+    error = (letter.error_message or "").partition("\n")[0]
     return (
         f"{letter.id}  {letter.subscription}  {letter.event_id}  {letter.event_type}  {letter.attempts} attempts  "
-        f"{letter.error_type}: {(letter.error_message or '').partition(NEWLINE)[0]}"
+        f"{letter.error_type}: {error}"
     )
 
 
@@ -653,7 +653,7 @@ def _settle(
         lines = [f"{what} {len(found)} of these:", *(_line(letter) for letter in found[:SHOWN])]
         if len(found) > SHOWN:
             lines.append(f"and {len(found) - SHOWN} more")
-        if not _confirm(NEWLINE.join(lines), yes):
+        if not _confirm("\n".join(lines), yes):
             return EXIT_ERROR
         act = bus.operator.retry if what == "retry" else bus.operator.skip
         changed = await act(subscription, event, reason=reason, author=author, error_type=error_type, limit=len(found))
@@ -687,7 +687,7 @@ def edit(
         letter = await bus.operator.delivery(subscription, event)
         now = _shown_letter(letter)["payload"]
         plan = (_line(letter), f"now:  {now}", f"then: {msgspec.json.encode(fields).decode()}")
-        if not _confirm(NEWLINE.join(("edit and retry:", *plan)), yes):
+        if not _confirm("\n".join(("edit and retry:", *plan)), yes):
             return EXIT_ERROR
         await bus.operator.edit(subscription, event, fields, reason=reason, author=author)
         return _done(f"{event} is delivered again to {subscription}, as edited.", as_json, changed=1)
