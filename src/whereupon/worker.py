@@ -373,7 +373,8 @@ class Worker:
             self.lose(lane)
             return
         lane.end()
-        self.lanes.pop(lane.cursor.key, None)
+        if self.lanes.get(lane.cursor.key) is lane:  # and not what was claimed anew while this was told
+            del self.lanes[lane.cursor.key]
 
     def lose(self, lane: Lane, error: BaseException | None = None) -> None:
         """Give a lane up: another worker has it, or something unforeseen happened in it."""
