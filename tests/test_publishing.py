@@ -31,6 +31,7 @@ from tests.notebook import (
     notebook,
     until,
 )
+from tests.statements import statements
 from whereupon import (
     AuditEventHandler,
     BusStateError,
@@ -738,52 +739,13 @@ async def test_two_buses_in_one_transaction_each_write_their_own(notes: Notebook
 # --- one INSERT -----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def statements(engine: AsyncEngine) -> Iterator[list[str]]:
-    seen: list[str] = []
-
-    def note(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
-        seen.append(" ".join(statement.split()))
-
-    event.listen(engine.sync_engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        event.remove(engine.sync_engine, "before_cursor_execute", note)
-
-
-@pytest.mark.parametrize("handlers", [1, 20])
-@pytest.mark.parametrize("events", [1, 5])
-async def test_a_transaction_is_one_insert_whatever_the_number_of_events_and_handlers(
-    database_url: str, handlers: int, events: int
-) -> None:
-    def subscribed(bus: EventBus) -> None:
-        for number in range(handlers):
-
-            async def handle(event: NoteWritten) -> None: ...
-
-            async def effect(event: NoteWritten, session: AsyncSession) -> None: ...
-
-            bus.subscribe(NoteWritten, handle, name=f"handle-{number}")
-            bus.subscribe(NoteWritten, effect, name=f"effect-{number}")
-
-    async with notebook(database_url, subscribed=subscribed) as notes:
-        with statements(notes.bus.engine) as seen:
-            async with notes.sessions.begin() as session:
-                for number in range(events):
-                    await notes.bus.publish(NoteWritten(text=f"{number}"), session=session)
-        assert [s for s in seen if s != "BEGIN"] == [s for s in seen if s.startswith("INSERT INTO whereupon_log")]
-        assert len([s for s in seen if s != "BEGIN"]) == 1
-        assert len(await notes.logged()) == events
-
-
 async def test_the_audit_trail_is_one_insert_more(database_url: str) -> None:
     async with notebook(database_url, subscribed=lambda bus: bus.register(AuditEventHandler())) as notes:
-        with statements(notes.bus.engine) as seen:
+        with statements(notes.bus.engine.sync_engine) as seen:
             async with notes.sessions.begin() as session:
                 for number in range(5):
                     await notes.bus.publish(NoteShared(note_id=number, user_id=uuid4()), session=session)
-        inserts = [s.split()[2] for s in seen if s.startswith("INSERT")]
+        inserts = [one.sql.split()[2] for one in seen if one.sql.startswith("INSERT")]
         assert inserts == ["whereupon_log", "whereupon_audit"]
         assert len(await notes.audited()) == 5
 
@@ -857,7 +819,7 @@ async def test_publishing_alone_while_this_task_holds_the_write_lock_of_sqlite_r
             async with notes.sessions.begin() as session:
                 session.add(Note(text="kept"))
                 await session.flush()
-                with statements(notes.bus.engine) as seen:
+                with statements(notes.bus.engine.sync_engine) as seen:
                     with pytest.raises(PublishError, match=r"Pass session=session"):
                         await notes.bus.publish(SharingAttempted(text="a"))
                 assert seen == []

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.citations import defined_tests
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -47,9 +49,6 @@ def test_every_example_runs(example: Path, tmp_path: Path) -> None:
 
 def test_every_test_that_the_readme_cites_exists() -> None:
     cited = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
-    sources = [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "dashtam" / "tests").glob("test_*.py")]
-    defined = {
-        name for source in sources for name in re.findall(r"def (test_\w+)\(", source.read_text(encoding="utf-8"))
-    }
+    defined = {name for _, name in defined_tests()}
     assert cited, "the README names the tests of its promises"
     assert cited <= defined, sorted(cited - defined)
