@@ -78,12 +78,12 @@ class Lease:
         self._loop = asyncio.get_running_loop()
         self.id = uuid4()
         self._stopping.clear()
-        self._started = self._loop.create_future()
+        started = self._started = self._loop.create_future()
         self._beat()
         self._thread = threading.Thread(target=self._run, name="whereupon-lease", daemon=True)
         self._thread.start()
         try:
-            await self._started
+            await started  # the thread may have taken it out of `_started` already
         except BaseException:
             await self.stop()
             raise
