@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -62,6 +63,24 @@ async def test_a_bus_that_starts_again_is_another_worker(bus: EventBus) -> None:
                 seen.append(set(await connection.scalars(select(process.c.id))))
     assert [len(one) for one in seen] == [1, 1]
     assert seen[0].isdisjoint(seen[1])
+
+
+async def test_a_lease_is_taken_though_its_thread_is_quicker_than_the_loop(
+    bus: EventBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def handler(event: TrapSprung) -> None: ...
+
+    bus.subscribe(TrapSprung, handler, name="traps")
+    start = threading.Thread.start
+
+    def start_and_wait(self: threading.Thread) -> None:
+        start(self)
+        if self.name == "whereupon-lease":
+            time.sleep(1)  # as on a machine that is busy elsewhere
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_wait)
+    async with bus:
+        await bus.wait_settled(await spring(bus, 1), 20)
 
 
 @pytest.mark.slow
