@@ -60,6 +60,12 @@ demo: $(INSTALLED) ## Dashtam with its inbox; DATABASE_URL=postgresql+asyncpg://
 test: $(INSTALLED) ## the test-suite; ARGS='-k savepoint -n 0' goes to pytest
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
+SECONDS ?= 120
+
+.PHONY: soak
+soak: $(INSTALLED) ## writers and workers for SECONDS (120), and as many sequences of transactions and reads
+	@WHEREUPON_SOAK=$(SECONDS) $(BIN)/python -m pytest -n 0 tests/test_soak.py tests/test_log_model.py $(ARGS)
+
 # One after the other; `make -k check` goes on after a failure, `make types` repeats one part.
 .PHONY: check style types layers dependencies
 check: style types layers dependencies ## style, types, layers, declared dependencies

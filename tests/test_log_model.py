@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -81,7 +81,10 @@ class Reader:
 
 
 class LogModel(RuleBasedStateMachine):
-    database: ClassVar[Callable[[], AbstractContextManager[Store]]]
+    @staticmethod
+    def database() -> AbstractContextManager[Store]:
+        """A store on an empty database; a sub-class says which."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ class LogModel(RuleBasedStateMachine):
         """Of each event its type, its transaction, and its number in that."""
         self.committed: set[UUID] = set()
         self.numbers = iter(range(1_000_000))
-        self.readers = {reader.name: reader for reader in self.run(self.open())}
+        self.readers: dict[str, Reader] = {reader.name: reader for reader in self.run(self.open())}
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(coroutine)
@@ -122,7 +125,8 @@ class LogModel(RuleBasedStateMachine):
         return self.writers[data.draw(st.sampled_from(sorted(self.writers)), label="writer")]
 
     def some_reader(self, data: st.DataObject) -> Reader:
-        return self.readers[data.draw(st.sampled_from(sorted(TYPES)), label="reader")]
+        name: str = data.draw(st.sampled_from(sorted(TYPES)), label="reader")
+        return self.readers[name]
 
     # --- writers ----------------------------------------------------------------------------------------------------
 
@@ -215,22 +219,24 @@ class LogModel(RuleBasedStateMachine):
         reader = self.some_reader(data)
         self.take(reader, self.run(self.store.read(reader.read_place, reader.types, limit)), limit)
 
-    @precondition(lambda self: len(self.ahead()) > 0)
+    @precondition(lambda self: self.behind() is not None)
     @rule(limit=st.integers(1, 4))
     def read_toward_the_other(self, limit: int) -> None:
-        reader, toward = self.ahead()
+        found = self.behind()
+        assert found is not None
+        reader, toward = found
         page = self.run(self.store.read(reader.read_place, reader.types, limit, toward=toward))
         assert not page.complete
         self.take(reader, page, limit)
 
-    def ahead(self) -> tuple[Reader, Any] | tuple[()]:
+    def behind(self) -> tuple[Reader, Any] | None:
         """The reader that is behind, and where the other is."""
         one, other = self.readers.values()
         if self.store.is_later(one.read_place, other.read_place):
             return other, one.read_place
         if self.store.is_later(other.read_place, one.read_place):
             return one, other.read_place
-        return ()
+        return None
 
     def take(self, reader: Reader, page: Page, limit: int) -> None:
         positions = [row.position for row in page.rows]

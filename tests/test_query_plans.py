@@ -128,15 +128,16 @@ def explain(url: str, statement: Statement, generic: bool) -> Iterator[tuple[str
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True) as connection:
         arguments = ", ".join(Literal(value).as_string(connection) for value in statement.parameters)
-        connection.execute("PREPARE hot AS " + statement.sql)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue, reportArgumentType]
+        connection.execute(f"PREPARE hot AS {statement.sql}".encode())
         call = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE hot{f' ({arguments})' if arguments else ''}"
         # the first, whose plan is not judged, fills the caches of the session
         for mode in ("auto", "force_custom_plan", "force_generic_plan")[: 3 if generic else 2]:
             with connection.transaction(force_rollback=True):
-                connection.execute(f"SET LOCAL plan_cache_mode = {mode}")  # type: ignore[call-overload] # pyright: ignore[reportCallIssue, reportArgumentType]
-                row = connection.execute(call).fetchone()  # type: ignore[call-overload] # pyright: ignore[reportCallIssue, reportArgumentType]
+                connection.execute(f"SET LOCAL plan_cache_mode = {mode}".encode())
+                row = connection.execute(call.encode()).fetchone()
             if mode == "auto":
                 continue
+            assert row is not None
             plan = row[0][0]["Plan"]
             looked = add_up(plan, Looked())
             looked.blocks = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]

@@ -292,9 +292,7 @@ class PostgresStore(Store):
                     rows.sort(key=lambda row: row.position)
                     return Page(rows, (place.snapshot, now), Place(now), toward is None)
                 # more than a page: from its least position on, which a late commit may have put far back
-                first = await connection.scalar(
-                    _FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor}
-                )
+                first = await connection.scalar(_FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor})
                 place = Place(place.snapshot, now, first - 1)
             rows = await self._next_of(connection, place, types, limit)
         assert place.target is not None
