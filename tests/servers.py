@@ -6,6 +6,7 @@ Every URL given out is complete: a worker process needs nothing else to connect.
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -32,16 +33,27 @@ _OLDEST = 130_000  # PostgreSQL 13 brought xid8, pg_current_snapshot() and DROP 
 _NOBODY = "65534"
 
 # The server ends with the process that started it, however that one ends: the kernel closes the pipe on
-# standard input. PostgreSQL takes SIGINT for "disconnect everybody, then stop". Arguments: the folder to
-# remove, then the server's command line.
+# standard input. PostgreSQL takes SIGINT for "disconnect everybody, then stop". While there is a file named
+# "halted" the server is down, and starts again once that is gone. Arguments: the folder to remove, then the
+# server's command line.
 _SUPERVISOR = """
 folder=$1; shift
 exec 3<&0
-"$@" </dev/null &
-server=$!
-{ cat <&3 >/dev/null; kill -INT "$server" 2>/dev/null; } &
+{
+    cat <&3 >/dev/null
+    touch "$folder/over"
+    while kill -INT "$(head -n 1 "$folder/data/postmaster.pid" 2>/dev/null)" 2>/dev/null; do sleep 0.2; done
+} &
 watcher=$!
-wait "$server" && rm -rf "$folder" # a server that failed leaves its log to be read
+while :; do
+    "$@" </dev/null &
+    wait "$!"
+    ended=$?
+    while [ -e "$folder/halted" ] && [ ! -e "$folder/over" ]; do sleep 0.02; halted=1; done
+    [ -n "$halted" ] && [ ! -e "$folder/over" ] || break
+    halted=
+done
+[ "$ended" = 0 ] || [ -n "$halted" ] && rm -rf "$folder" # a server that failed leaves its log to be read
 kill "$watcher" 2>/dev/null
 """
 
@@ -56,6 +68,22 @@ class PostgresServer:
 
     url: str
     stop: Callable[[], None]
+    folder: Path | None = None
+    """Where one that was started for us keeps its data and its log."""
+
+    def halt(self, *, immediate: bool = False) -> None:
+        """Take a server that was started for us down until `resume`: orderly, or as if its machine had lost power."""
+        assert self.folder is not None, "a server that was found is not ours to halt"
+        pid = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        (self.folder / "halted").touch()
+        os.kill(pid, signal.SIGQUIT if immediate else signal.SIGINT)
+        _wait_until(lambda: not (self.folder and (self.folder / "data" / "postmaster.pid").exists()) or _is_gone(pid))
+
+    def resume(self) -> None:
+        """Start it again, on the same data and port, and wait until it answers."""
+        assert self.folder is not None, "a server that was found is not ours to halt"
+        (self.folder / "halted").unlink()
+        _wait_until(lambda: _refusal(self.url) is None)
 
 
 def provide_postgres() -> PostgresServer:
@@ -184,7 +212,23 @@ def _start_in(folder: Path, binaries: Path, more: Mapping[str, str]) -> Postgres
             what = "ended right after its start" if ended else f"gave no answer in {_START_WITHIN:.0f} s: {refusal}"
             raise PostgresUnavailable(f"postgres {what}; it said: {said or 'nothing'}")
         time.sleep(0.02)
-    return PostgresServer(url, stop)
+    return PostgresServer(url, stop, folder)
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + _START_WITHIN
+    while not true():
+        if time.monotonic() > give_up:
+            raise PostgresUnavailable(f"postgres did not do as it was told within {_START_WITHIN:.0f} s")
+        time.sleep(0.02)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 @contextmanager

@@ -159,3 +159,21 @@ def test_the_sqlite_url_needs_nothing_else_to_connect(sqlite_url: str) -> None:
 
 async def test_a_test_on_every_database_runs_on_each(database_url: str, request: pytest.FixtureRequest) -> None:
     assert make_url(database_url).get_backend_name() == request.node.callspec.id
+
+
+@pytest.mark.parametrize("immediate", [False, True], ids=["fast", "immediate"])
+async def test_a_server_of_our_own_can_be_halted_and_resumed_and_keeps_what_was_committed(immediate: bool) -> None:
+    server = servers.start_postgres()
+    try:
+        await ask(f"{server.url}/postgres", "CREATE TABLE kept AS SELECT 7 AS number")
+        for _ in range(2):
+            server.halt(immediate=immediate)
+            with pytest.raises(ConnectionRefusedError):
+                await ask(f"{server.url}/postgres", "SELECT 1")
+            server.resume()
+            assert await ask(f"{server.url}/postgres", "SELECT number FROM kept") == 7
+        server.halt(immediate=immediate)
+    finally:
+        server.stop()
+    assert server.folder is not None
+    assert not server.folder.exists()
