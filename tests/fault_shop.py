@@ -262,8 +262,9 @@ class _Clock:
         class Shifted(datetime_module.datetime):
             @classmethod
             def now(cls, tz: datetime_module.tzinfo | None = None) -> Self:
-                moved = datetime_module.datetime.now(tz) + datetime_module.timedelta(seconds=clock.ahead)
-                return moved  # type: ignore[return-value]  # as for the class that it stands in for
+                now = cls.fromtimestamp(real() + clock.ahead, tz)
+                assert isinstance(now, cls)
+                return now
 
         time.time = lambda: real() + clock.ahead
         for name in ("store", "lease", "_sqlite", "context"):
@@ -277,7 +278,7 @@ class _Clock:
 
 def _end_with_the_parent() -> None:
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # sys.stdin's lock would be missed at the end of this process
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -1,14 +1,17 @@
 """Handlers, leases and settling share one database and one pool; none starves another."""
 
 import asyncio
+import gc
+import sqlite3
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from tests.log_records import Records
-from whereupon import Delivery, DomainEvent, EventBus
+from whereupon import Delivery, DomainEvent, EventBus, Retry
 
 pytestmark = pytest.mark.integration
 
@@ -158,3 +161,39 @@ async def test_a_session_of_another_engine_is_recognised_without_beginning_a_sna
                 await bus.publish(SeatReserved(number=2), session=meanwhile)
         async with async_sessionmaker(bus.engine)() as session:
             assert await session.scalar(text("SELECT count(*) FROM whereupon_log")) == 2
+
+
+async def test_a_handler_cancelled_while_it_waits_for_sqlites_lock_does_not_keep_that_for_ever(
+    sqlite_url: str,
+) -> None:
+    """Its statement goes on in the driver's thread, gets the lock, and has rows to return that nobody fetches."""
+    bus = EventBus(sqlite_url, create_tables=True)
+    sessions = async_sessionmaker(bus.engine)
+    locked = asyncio.Event()
+
+    @bus.subscribe(SeatReserved, retry=Retry(max_attempts=1))
+    async def count(event: SeatReserved, session: AsyncSession) -> None:
+        await locked.wait()
+        async with asyncio.timeout(0.3):
+            await session.execute(text("UPDATE seats SET number = number + 1 RETURNING number"))
+
+    async with sessions.begin() as session:
+        await session.execute(text("CREATE TABLE seats (number INTEGER)"))
+        await session.execute(text("INSERT INTO seats VALUES (0)"))
+    gc.collect()
+    gc.disable()  # it would let go of the lock, by and by
+    try:
+        async with bus:
+            async with sessions.begin() as session:
+                receipt = await bus.publish(SeatReserved(number=1), session=session)
+            async with sessions.begin() as session:
+                await session.execute(text("UPDATE seats SET number = 10"))
+                locked.set()
+                await asyncio.sleep(1)
+            with closing(sqlite3.connect(bus.engine.url.database or "", timeout=5, check_same_thread=False)) as other:
+                await asyncio.to_thread(other.execute, "UPDATE seats SET number = 20")
+                other.commit()
+            await receipt.settled(10)
+            assert [state.state for state in await bus.deliveries(receipt.events[0].event_id)] == ["dead"]
+    finally:
+        gc.enable()

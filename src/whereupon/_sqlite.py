@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -59,9 +63,37 @@ def configure(engine: AsyncEngine) -> None:
             connection.exec_driver_sql("BEGIN")
 
 
+def _let_go_of_locks(connection: Any, *_: object) -> None:
+    """A statement was cancelled, and its connection is about to be closed: end the transaction first.
+
+    The thread goes on with the statement. If that has rows to return, SQLite puts the closing off until the cursor is
+    gone, which only the garbage collector sees to; until then it would hold the lock of all writers.
+    """
+    driver = getattr(connection, "driver_connection", None)
+    rollback = getattr(driver, "rollback", None)
+    if rollback is None or not inspect.iscoroutinefunction(rollback):
+        return
+    with contextlib.suppress(RuntimeError):  # no loop runs: an engine is disposed of after its end
+        task = asyncio.get_running_loop().create_task(_quietly(rollback))
+        _rolling_back.add(task)
+        task.add_done_callback(_rolling_back.discard)
+
+
+async def _quietly(rollback: Callable[[], Awaitable[None]]) -> None:
+    with contextlib.suppress(sqlite3.Error, ValueError):  # it is closed already
+        await rollback()
+
+
+_rolling_back: Final[set[asyncio.Task[None]]] = set()
+"""The event loop itself keeps no task alive."""
+
+
 class SQLiteStore(Store):
     def __init__(self, engine: AsyncEngine) -> None:
         super().__init__(engine)
+        pool = engine.sync_engine.pool
+        if not event.contains(pool, "invalidate", _let_go_of_locks):
+            event.listen(pool, "invalidate", _let_go_of_locks)
         self.now = bindparam("now", callable_=lambda: datetime.now(UTC), type_=UTCDateTime(), unique=False)
         self.now_as_time = self.now
         self.upsert = sqlite.insert

@@ -134,10 +134,12 @@ class Lease:
 
     async def _renew_until(self, ended: asyncio.Event, engine: AsyncEngine) -> None:
         failures, tidied = 0, 0.0
+        # SQLite's statement goes on waiting for the lock when it is cancelled, and its answer would be missed
+        patience = max(1.0, self._seconds / 2) if self._postgres else None
         while not self._stopping.is_set():
             wait = self._seconds / 3
             try:
-                async with asyncio.timeout(max(1.0, self._seconds / 2)), engine.connect() as connection:
+                async with asyncio.timeout(patience), engine.connect() as connection:
                     lost = await self._renew(connection)
                     if time.monotonic() - tidied > 60:
                         await self._tidy(connection)
