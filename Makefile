@@ -90,6 +90,10 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --exit-zero
 	@$(BIN)/ruff format
 
+.PHONY: faults
+faults: $(INSTALLED) ## the fault table, in about ten minutes; ARGS='--short --only kills' (ARGS=--help tells more)
+	@$(BIN)/python -m tests.faults $(ARGS)
+
 .PHONY: bench
 bench: $(BENCH_INSTALLED) ## publishing in one process, against other packages
 	@$(BENCH_VENV)/bin/python bench/inprocess.py $(ARGS)

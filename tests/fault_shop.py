@@ -95,7 +95,12 @@ class Shop:
         database: Any = settings.database
         if url.get_backend_name() == "postgresql":
             # the connections of workers are told apart by the name, to be terminated
-            database = create_async_engine(url, connect_args={"server_settings": {"application_name": f"shop {role}"}})
+            database = create_async_engine(
+                url,
+                connect_args={"server_settings": {"application_name": f"shop {role}"}},
+                pool_size=5,
+                max_overflow=0,  # several of these processes share a server with other tests
+            )
         self.bus = EventBus(
             database,
             create_tables=True,

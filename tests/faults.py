@@ -221,7 +221,7 @@ class Scene:
             except subprocess.TimeoutExpired:
                 publisher.kill()
                 code = publisher.wait()
-            if code:
+            if code not in (0, -signal.SIGTERM):  # it may not have got as far as to handle the signal
                 self.notes.append(f"a publisher ended with {code}")
         self.publishers.clear()
 
@@ -255,9 +255,9 @@ class Scene:
     def missing(self) -> int:
         """How many deliveries are to come; 0 does not say that none is made twice yet."""
         committed = self.ask("SELECT count(*) FROM sold")[0][0]
-        inside = dict(self.ask("SELECT handler, count(DISTINCT event_id) FROM effect GROUP BY handler"))  # type: ignore[arg-type]
+        inside: dict[str, int] = dict(self.ask("SELECT handler, count(DISTINCT event_id) FROM effect GROUP BY handler"))
         outside = Counter(handler for handler, _ in {(effect.handler, effect.key) for effect in self.effects()})
-        return sum(committed - inside.get(name, 0) - outside[name] for name in HANDLERS) - self.given_up
+        return sum(int(committed) - inside.get(name, 0) - outside[name] for name in HANDLERS) - self.given_up
 
     def open_exceptions(self) -> int:
         found = self.ask("SELECT count(*) FROM whereupon_exception WHERE state <> 'dead'")[0][0]
@@ -279,7 +279,7 @@ class Scene:
             except subprocess.TimeoutExpired:
                 self.notes.append(f"worker {worker.pid} did not end within 30 s of SIGTERM")
                 continue
-            if code:
+            if code not in (0, -signal.SIGTERM):
                 self.notes.append(f"a worker ended with {code} at SIGTERM")
         for check in self.checks:
             check(self)
@@ -306,7 +306,7 @@ class Scene:
             doubled=applied.total() - len(applied),
             repeated=written.total() - len(written),
             allowed=self.may_repeat,
-            disordered=_disordered_rows(rows) + _disordered_effects(effects),
+            disordered=disordered_rows(rows) + disordered_effects(effects),
             dead=dead,
             dead_expected=self.dead_expected,
             given_up=self.given_up,
@@ -324,12 +324,12 @@ class Scene:
         return "\n".join(parts)
 
 
-def _disordered_rows(rows: Sequence[Row]) -> int:
+def disordered_rows(rows: Sequence[Row]) -> int:
     """Rows of an ordered handler that came when the account's last was not the one just before it."""
     return sum((row.previous or 0) != row.sequence - 1 for row in rows if row.handler in ORDERED)
 
 
-def _disordered_effects(effects: Sequence[Effect]) -> int:
+def disordered_effects(effects: Sequence[Effect]) -> int:
     """Effects of ordered handlers whose first time was not right after that of their predecessor."""
     last: dict[tuple[str, int], int] = defaultdict(int)
     seen: set[tuple[str, str]] = set()
@@ -483,7 +483,7 @@ def garbage(scene: Scene) -> None:
     scene.settings = msgspec.structs.replace(scene.settings, hears_all=True)
     scene.checks.append(_garbage_is_visible)
     scene.load(2)
-    spoilt = [
+    spoilt: list[dict[str, Any]] = [
         {"payload": b"{not json"},
         {"payload": b'{"account": -7}'},
         {"payload": b'{"account": "seven", "sequence": 1}'},
@@ -611,7 +611,7 @@ class NotHere(Exception):
 def run(name: str, database: str, *, postgres: str | None = None, seed: int = 1, short: bool = False) -> Report:
     """Inflict a fault on a database of a kind, and count.
 
-    `postgres` is the URL of a server that may be used. Raises `NotHere`.
+    `postgres` is the URL of a server that may be used, needed for "postgresql" alone. Raises `NotHere`.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="whereupon-faults-")))
@@ -627,13 +627,10 @@ def run(name: str, database: str, *, postgres: str | None = None, seed: int = 1,
                 if database == "own server":
                     server = start_postgres()
                     stack.callback(server.stop)
-                elif postgres is None:
-                    server = provide_postgres()
-                    stack.callback(server.stop)
             except PostgresUnavailable as error:
                 raise NotHere(str(error)) from error
             at = postgres if server is None else server.url
-            assert at is not None
+            assert at is not None, "a fault of PostgreSQL needs a server"
             url = stack.enter_context(empty_database(at))
         scene = Scene(url, folder, seed, short)
         scene.server = server
@@ -716,6 +713,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="for what is left to chance in the faults")
     parser.add_argument("--json", action="store_true", help="one fault's figures, and what its processes said, as JSON")
     arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        postgres = None
+        if arguments.on != "sqlite" and not arguments.json:
+            try:
+                server = start_postgres()
+            except PostgresUnavailable:
+                server = provide_postgres()
+            stack.callback(server.stop)
+            postgres = server.url
+        return _print_table(arguments, postgres)
+
+
+def _print_table(arguments: argparse.Namespace, postgres: str | None) -> int:
     lines, failed = [list(_HEAD)], False
     for name, kind in KINDS.items():
         if arguments.only and name not in arguments.only:
@@ -727,7 +737,7 @@ def main() -> int:
             print(f"{name} on {family} …", end="", flush=True, file=sys.stderr)
             began = time.monotonic()
             try:
-                report = run(name, database, seed=arguments.seed, short=arguments.short)
+                report = run(name, database, postgres=postgres, seed=arguments.seed, short=arguments.short)
             except NotHere as error:
                 print(f" left out: {error}", file=sys.stderr)
                 continue
