@@ -439,6 +439,35 @@ async def test_a_row_that_cannot_be_decoded_is_a_dead_letter_and_the_rest_flows(
     assert len(records.named("event_undecodable")) == 1
 
 
+@pytest.mark.parametrize("damage", ["ran = '{\"a\": 1}'", "ran = '7'", "keys = '7'", "keys = 'not json'"])
+async def test_a_row_whose_notes_for_the_delivery_are_damaged_is_delivered_and_stops_nobody(
+    bus: EventBus, damage: str
+) -> None:
+    heard: dict[str, list[int]] = {"reader": [], "in order": []}
+
+    @bus.subscribe(MealOrdered, name="reader")
+    async def reader(event: MealOrdered) -> None:
+        heard["reader"].append(event.number)
+
+    @bus.subscribe(MealOrdered, name="in order", ordered_by="number")
+    async def in_order(event: MealOrdered) -> None:
+        heard["in order"].append(event.number)
+
+    events = await place(bus, 1, 2, 3)
+    async with bus.engine.begin() as connection:
+        await connection.execute(
+            text(f"UPDATE whereupon_log SET {damage.replace(':', chr(92) + ':')} WHERE position = 2")
+        )
+    async with bus:
+        await bus.drain(10)
+        assert {name: sorted(numbers) for name, numbers in heard.items()} == {
+            "reader": [1, 2, 3],
+            "in order": [1, 2, 3],
+        }
+        states = await bus.deliveries(*(event.event_id for event in events))
+        assert {state.state for state in states} == {"succeeded"}
+
+
 @pytest.mark.parametrize("change", ["type = 'MealTeleported'", "version = 99"])
 async def test_an_event_of_a_newer_build_waits_without_using_an_attempt(
     bus: EventBus, records: Records, change: str

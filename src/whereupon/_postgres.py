@@ -45,6 +45,7 @@ from whereupon.store import (
     Row,
     Store,
     lost,
+    ran_in,
 )
 from whereupon.subscription import Subscription
 
@@ -435,11 +436,7 @@ class PostgresStore(Store):
         ).bindparams(bindparam("ids", type_=ARRAY(Uuid())))
         async with self.reading() as connection:
             rows = await connection.execute(query, {"ids": list(event_ids)})
-            return [Passed(**{**row._mapping, "ran": ran_of(row.ran)}) for row in rows]
-
-
-def ran_of(value: str | None) -> list[str]:
-    return [] if value is None else msgspec.json.decode(value, type=list[str])
+            return [Passed(**{**row._mapping, "ran": ran_in(row.ran)}) for row in rows]
 
 
 def _age(snapshot: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-import msgspec
 from sqlalchemy import Connection, LargeBinary, Text, bindparam, cast, event, func, insert, select, text, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -34,6 +33,7 @@ from whereupon.store import (
     Row,
     Store,
     lost,
+    ran_in,
 )
 from whereupon.subscription import Subscription
 
@@ -346,7 +346,7 @@ class SQLiteStore(Store):
 
     async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
         query = text(
-            "SELECT l.event_id, l.type, l.position, l.keys, l.ran, l.version, CAST(l.payload AS BLOB) AS payload, "
+            "SELECT l.event_id, l.type, l.position, l.keys, CAST(l.ran AS text) AS ran, l.version, CAST(l.payload AS BLOB) AS payload, "
             "c.subscription, c.lane, s.lanes, s.ordered_by, "
             "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past, "
             "l.recorded_at < s.created_at AS older "
@@ -359,7 +359,7 @@ class SQLiteStore(Store):
             return [
                 Passed(
                     UUID(row.event_id), row.type, row.position, row.keys,
-                    [] if row.ran is None else msgspec.json.decode(row.ran, type=list[str]),
+                    ran_in(row.ran),
                     row.version, row.payload, row.subscription, row.lane, row.lanes, row.ordered_by, bool(row.past),
                     bool(row.older),
                 )

@@ -38,6 +38,7 @@ from whereupon.store import (
     Row,
     key_in,
     lane_of,
+    ran_in,
 )
 from whereupon.subscription import Subscription
 
@@ -375,7 +376,7 @@ class Lane:
     def offer(self, logged: Logged, key: str | None) -> None:
         """Take an event of this lane that was read, in the order of the log."""
         row = logged.row
-        if row.ran is not None and self.name in msgspec.json.decode(row.ran, type=list[str]):
+        if row.ran is not None and self.name in ran_in(row.ran):
             self.exceptions.discard(row.position)
             if row.position in self.done:
                 self._passed_done.add(row.position)

@@ -242,8 +242,19 @@ class Passed(NamedTuple):
 
 
 def key_in(keys: str | None, ordered_by: str) -> str | None:
-    """The stored value of the field that a subscription orders by, or None if the publisher stored none."""
-    return None if keys is None else msgspec.json.decode(keys, type=dict[str, str]).get(ordered_by)
+    """The stored value of the field that a subscription orders by, or None if there is none that can be read."""
+    try:
+        return None if keys is None else msgspec.json.decode(keys, type=dict[str, str]).get(ordered_by)
+    except msgspec.MsgspecError:
+        return None  # the event itself tells, if that can be read
+
+
+def ran_in(ran: str | None) -> list[str]:
+    """The subscriptions that a row of the log names as run; none if it can't be read: rather twice than never."""
+    try:
+        return [] if ran is None else msgspec.json.decode(ran, type=list[str])
+    except msgspec.MsgspecError:
+        return []
 
 
 class Store(abc.ABC):
