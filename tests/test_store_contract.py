@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 
 import pytest
 from sqlalchemy import text
@@ -126,20 +126,24 @@ async def test_a_transaction_in_two_phases_is_read_once_it_is_committed_and_stal
     assert (await store.read(place, None, 10)).rows == []
 
 
+@pytest.mark.parametrize("at_work", [False, True], ids=["all along", "set at work"])
 async def test_a_worker_whose_clock_is_an_hour_off_judges_by_the_databases(
-    emptied: str, monkeypatch: pytest.MonkeyPatch
+    emptied: str, monkeypatch: pytest.MonkeyPatch, at_work: bool
 ) -> None:
     class Behind(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Behind:
             return cls.fromtimestamp(time.time() - 3600, tz)
 
-    for module in ("store", "_postgres"):
-        monkeypatch.setattr(f"whereupon.{module}.datetime", Behind)
     engine = create_async_engine(emptied)
     store = PostgresStore(engine)
-    await store.prepare(create=False)
-    assert timedelta(minutes=59) < store.clock_offset < timedelta(minutes=61)
+    if at_work:
+        await store.prepare(create=False)
+    for module in ("store", "_postgres"):
+        monkeypatch.setattr(f"whereupon.{module}.datetime", Behind)
+    if not at_work:
+        await store.prepare(create=False)
+    assert abs(store.later(3600) - Behind.now(UTC) - timedelta(hours=2)) < timedelta(minutes=1)
     cursor, [now, later] = await failing(store, 2)
     assert [lane.alive for lane in await lanes_of(store)] == [True]
     await keep(store, cursor, Failure(now, RETRYING, 1, -1.0), Failure(later, RETRYING, 1, 60.0))

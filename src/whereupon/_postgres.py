@@ -8,9 +8,10 @@ A window too large for one page is paged by position while S2 is kept as `target
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -59,6 +60,8 @@ class Place(NamedTuple):
     """While a window is paged: the position up to which it is handled."""
 
 
+CLOCK_READ_EVERY: Final = 60.0
+"""Seconds between two looks at the server's clock: in between, this machine's may have been asleep."""
 STALLED_MS: Final = 10_000
 """Milliseconds for which a session may idle while it holds a cursor's row locked, before the server ends it."""
 
@@ -99,6 +102,8 @@ class PostgresStore(Store):
         self.now = func.statement_timestamp()
         self.now_as_time = func.statement_timestamp()
         self.upsert = postgresql.insert
+        self._clock: tuple[datetime, float] | None = None
+        """The server's clock when it was last read, and `time.monotonic` of that moment."""
         self._seen: str | None = None
         self._workers: str | None = None
         self.marks: list[tuple[int, int]] = []
@@ -145,14 +150,21 @@ class PostgresStore(Store):
 
     async def _read_clock(self) -> None:
         """The shortest of a few questions tells best: what it took is as much as the answer may be off by."""
-        shortest = timedelta.max
+        shortest = float("inf")
         async with self.reading() as connection:
             for _ in range(3):
-                before = datetime.now(UTC)
+                before = time.monotonic()
                 theirs = await connection.scalar(text("SELECT clock_timestamp()"))
-                took = datetime.now(UTC) - before
+                took = time.monotonic() - before
                 if took < shortest:
-                    shortest, self.clock_offset = took, theirs - before - took / 2
+                    shortest, self._clock = took, (theirs, before + took / 2)
+
+    def later(self, seconds: float) -> datetime:
+        """By the server's clock, as it was when last read, and no clock of this machine's that somebody may set."""
+        if self._clock is None:
+            return super().later(seconds)
+        theirs, read_at = self._clock
+        return theirs + timedelta(seconds=time.monotonic() - read_at + seconds)
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
@@ -339,6 +351,8 @@ class PostgresStore(Store):
         return _age(place.snapshot) > _age(other.snapshot)
 
     async def pulse(self, owner: UUID, names: Sequence[str]) -> Pulse:
+        if self._clock is None or time.monotonic() - self._clock[1] > CLOCK_READ_EVERY:
+            await self._read_clock()
         async with self.reading() as connection:
             row = (
                 await connection.execute(

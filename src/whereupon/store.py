@@ -441,10 +441,7 @@ class Store(abc.ABC):
 
     def later(self, seconds: float) -> datetime:
         """This many seconds from now, by the database's clock as far as it is known here."""
-        return datetime.now(UTC) + timedelta(seconds=seconds) + self.clock_offset
-
-    clock_offset: timedelta = timedelta(0)
-    """How far the database's clock is ahead of this machine's."""
+        return datetime.now(UTC) + timedelta(seconds=seconds)
 
     # --- lanes ------------------------------------------------------------------------------------------------------
 
