@@ -177,6 +177,23 @@ async def test_a_kill_repeats_no_more_than_what_was_in_flight_under_the_same_key
     assert found.total() - len(events) <= kills * 10  # in_flight of the worker
 
 
+async def test_a_worker_that_stood_still_repeats_no_more_than_what_it_had_in_flight(
+    bus: EventBus, start: Starting
+) -> None:
+    url = bus.engine.url.render_as_string(hide_password=False)
+    events = await sell(bus, *range(400))
+    still = start(url, "durable")
+    await at_least(bus, 40)
+    still.send_signal(signal.SIGSTOP)
+    start(url, "durable")
+    await bus.wait_settled(events, 60)
+    still.send_signal(signal.SIGCONT)
+    await asyncio.sleep(2)
+    found = await effects(bus)
+    assert len(found) == len(events)
+    assert found.total() - len(events) <= 10  # in_flight of the worker
+
+
 async def test_of_two_processes_one_takes_over_when_the_other_is_killed(bus: EventBus, start: Starting) -> None:
     url = bus.engine.url.render_as_string(hide_password=False)
     events = await sell(bus, *range(20))

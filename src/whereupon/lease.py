@@ -20,6 +20,7 @@ import time
 from asyncio import AbstractEventLoop, TimerHandle
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -57,6 +58,8 @@ class Lease:
         self._in_flight = in_flight
         self._log = log
         self._on_lost = on_lost
+        self._until = 0.0
+        """Until when what this process owns is its own for sure, by `time.monotonic`."""
         self._allowed: float | None = GRACE
         self._beat_at = time.monotonic()
         self._beating: TimerHandle | None = None
@@ -65,6 +68,11 @@ class Lease:
         self._stopping = threading.Event()
         self._started: asyncio.Future[None] | None = None
         self._end: Callable[[], None] = lambda: None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it has not run out, as far as this process can tell: it may have stood still for long."""
+        return time.monotonic() < self._until
 
     def allow(self, longest: float | None) -> None:
         """The event loop may be silent for so many seconds, the longest that a handler may take, and some more.
@@ -138,6 +146,8 @@ class Lease:
         patience = max(1.0, self._seconds / 2) if self._postgres else None
         while not self._stopping.is_set():
             wait = self._seconds / 3
+            until = time.monotonic() + self._seconds
+            late = until - self._seconds > self._until
             try:
                 async with asyncio.timeout(patience), engine.connect() as connection:
                     lost = await self._renew(connection)
@@ -154,9 +164,12 @@ class Lease:
                 wait = random.uniform(0.5, 1) * min(self._seconds / 3, 0.1 * 2 ** min(failures, 10))
             else:
                 if self._started is not None:
+                    self._until = until
                     self._report_started(None)
-                elif lost:
-                    self._call(self._on_lost)
+                elif lost or late:
+                    self._call(partial(self._renewed_too_late, until))
+                else:
+                    self._until = until
                 failures = 0
             await self._sleep(ended, wait)
 
@@ -245,6 +258,10 @@ class Lease:
         await connection.execute(delete(process).where(process.c.lease_until < self._later(-FORGOTTEN * self._seconds)))
 
     # --- to the event loop of the process ---------------------------------------------------------------------------
+
+    def _renewed_too_late(self, until: float) -> None:
+        self._on_lost()  # first, lest something is begun that another has begun meanwhile
+        self._until = until
 
     def _call(self, function: Callable[[], None]) -> None:
         assert self._loop is not None

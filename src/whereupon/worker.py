@@ -116,6 +116,9 @@ class Worker:
         self._careful: deque[tuple[Lane, Delivery]] = deque()
         self._careful_one: Task[None] | None = None
         self._upkeep = Upkeep(store, retain=retain, log=self.log)
+        self._unsure = False
+        """Whether the lease had run out, and nobody has looked since which lanes are still held here."""
+        self._waits_for_lease = False
         self._turn = asyncio.Lock()
         """Held while cursors are moved for handlers that don't do it themselves: never two of them at once."""
         self._tasks: set[Task[None]] = set()
@@ -278,13 +281,18 @@ class Worker:
     # --- which lanes are ours ---------------------------------------------------------------------------------------
 
     def _lease_was_lost(self) -> None:
+        self._unsure = True
         self._tend_now.set()
 
     async def _tend(self) -> None:
         """Take the lanes that are ours to serve and free, give up those that are others'."""
+        unsure = self._unsure
         layout = await self.store.layout(list(self.shares))
         if not self.stopping:
             await self._balance(layout)
+        if unsure and any(worker == self.id for worker, _ in layout.workers):
+            self._unsure = False
+            self.pump()
         self._tended.set()
         # of others no pulse tells that they died; alone there is nothing to wait for
         alone = all(worker == self.id for worker, _ in layout.workers) and len(self.lanes) == len(layout.lanes)
@@ -579,6 +587,12 @@ class Worker:
         self._pump_due = False
         if self.stopping:
             return
+        if self._unsure or not self.lease.is_held:
+            # after standing still: what waits here may have been begun, and done, by another worker
+            if not self._waits_for_lease:
+                self._waits_for_lease = True
+                asyncio.get_running_loop().call_later(0.05, self._look_at_the_lease)
+            return
         if self._careful_one is not None or self._careful:
             self._begin_careful()
             return
@@ -615,6 +629,10 @@ class Worker:
                 self.pump()
             elif not lane.active:
                 self.settled.set()
+
+    def _look_at_the_lease(self) -> None:
+        self._waits_for_lease = False
+        self.pump()
 
     # --- carefully --------------------------------------------------------------------------------------------------
 
