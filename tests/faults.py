@@ -36,6 +36,14 @@ SETTLED_WITHIN: Final = 120.0
 HANDLERS: Final = (*DURABLE, *TRANSACTIONAL)
 
 
+_LEFT_OPEN: Final = (
+    "SELECT x.subscription, x.lane, x.position, x.key, x.state, x.attempts, x.alone, x.next_at, x.updated_at, "
+    "x.error_type, c.owner, CURRENT_TIMESTAMP AS now FROM whereupon_exception x JOIN whereupon_cursor c "
+    "ON c.subscription = x.subscription AND c.generation = x.generation AND c.lane = x.lane "
+    "WHERE x.state <> 'dead' ORDER BY x.id LIMIT 12"
+)
+
+
 class Effect(NamedTuple):
     """A line that a handler wrote outside the database."""
 
@@ -186,7 +194,7 @@ class Scene:
         for _ in range(workers):
             self.work(**changes)
         for worker in self.workers:
-            self.until_busy(worker, 20)
+            self.until_busy(worker, 60)
 
     def until_busy(self, worker: subprocess.Popen[bytes], within: float, more: int = 1) -> bool:
         """Wait until a worker has made so many more effects; False if it has not by then."""
@@ -271,6 +279,9 @@ class Scene:
         while (self.missing() > 0 or self.open_exceptions()) and time.monotonic() < give_up:
             time.sleep(0.1)
         recovery = time.monotonic() - began
+        if self.open_exceptions():
+            # before the workers end: a clean stop tidies up
+            self.notes += [f"left open: {dict(row._mapping)}" for row in self.ask(_LEFT_OPEN)]
         for worker in self.workers:
             worker.send_signal(signal.SIGTERM)
         for worker in self.workers:
@@ -390,7 +401,7 @@ def clocks(scene: Scene) -> None:
         scene.hit()
     jumper = scene.work(jump=3600.0)
     for worker in scene.workers:
-        if not scene.until_busy(worker, 15):
+        if not scene.until_busy(worker, 60):
             scene.notes.append("a worker with a wrong clock got no lane")
     jumper.send_signal(signal.SIGUSR1)
     scene.hit()
