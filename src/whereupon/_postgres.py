@@ -9,7 +9,7 @@ A window too large for one page is paged by position while S2 is kept as `target
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
@@ -62,9 +62,6 @@ class Place(NamedTuple):
 
 CLOCK_READ_EVERY: Final = 60.0
 """Seconds between two looks at the server's clock: in between, this machine's may have been asleep."""
-STALLED_MS: Final = 10_000
-"""Milliseconds for which a session may idle while it holds a cursor's row locked, before the server ends it."""
-
 STRETCH: Final = 100_000
 """Positions that are searched at once for the next page of a window."""
 
@@ -72,7 +69,8 @@ _COLUMNS = (
     "l.position, l.event_id, l.type, l.version, l.payload, l.headers, l.keys, CAST(l.ran AS text) AS ran, l.recorded_at"
 )
 _KEY = "subscription = :subscription AND generation = :generation AND lane = :lane AND token = :token"
-_STALLED = f"set_config('idle_in_transaction_session_timeout', '{STALLED_MS}', true)"
+_STALLED = "set_config('idle_in_transaction_session_timeout', CAST(:stalled AS text), true)"
+"""Has the server end a session that then idles in this transaction, with rows locked, for longer than `stalled_ms`."""
 
 
 def _snapshot(name: str) -> str:
@@ -94,7 +92,12 @@ def _unseen_by(snapshot: str) -> dict[str, str]:
     return {"since": xmax, "late": f"{{{in_progress}}}"}
 
 
+_Query = Callable[[TextClause, dict[str, Any]], Awaitable[Sequence[Any]]]
+
+
 class PostgresStore(Store):
+    hears_of_deaths = True
+
     def __init__(self, engine: AsyncEngine) -> None:
         super().__init__(engine)
         self.engine = engine.execution_options(isolation_level="READ COMMITTED")
@@ -104,6 +107,10 @@ class PostgresStore(Store):
         self.upsert = postgresql.insert
         self._clock: tuple[datetime, float] | None = None
         """The server's clock when it was last read, and `time.monotonic` of that moment."""
+        self._at_hand: AsyncConnection | None = None
+        """The connection of the last read, while a worker runs."""
+        self._compiled: dict[TextClause, tuple[str, list[str]]] | None = None
+        """Queries as asyncpg takes them, and which parameter is which; None with another driver."""
         self._seen: str | None = None
         self._workers: str | None = None
         self.marks: list[tuple[int, int]] = []
@@ -111,23 +118,47 @@ class PostgresStore(Store):
         if engine.driver == "asyncpg":
             import asyncpg
 
-            # SQLAlchemy 2.0 lets through what the driver raises while it connects
+            # SQLAlchemy 2.0 lets through what the driver raises while it connects, and `_reader` all of it
             self.errors = (*self.errors, asyncpg.PostgresError, asyncpg.InterfaceError)
+            self._compiled = {}
 
     def use(self, engine: AsyncEngine) -> None:
         # one statement sees one snapshot anyway: BEGIN and ROLLBACK around it would cost two more round trips
-        self._autocommit = AsyncEngine(engine.sync_engine.execution_options(isolation_level="AUTOCOMMIT"))
+        self.autocommit = AsyncEngine(engine.sync_engine.execution_options(isolation_level="AUTOCOMMIT"))
         # a snapshot that outlives a statement (REPEATABLE READ) would hide what was committed since
         self.own = engine.execution_options(isolation_level="READ COMMITTED")
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        async with self._autocommit.connect() as connection:
+        """For one statement, which may write, or several that need not see the same."""
+        async with self.autocommit.connect() if self.may_autocommit else self.own.begin() as connection:
             yield connection
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """A worker that is stopped in the midst of it holds no row for longer than its lease."""
+        async with self.own.begin() as connection:
+            await connection.execute(text(f"SELECT {_STALLED}"), {"stalled": self._stalled})
+            yield connection
+
+    @property
+    def stalled_ms(self) -> int:
+        """Milliseconds for which a worker's session may idle in a transaction before the server ends it.
+
+        A lease is renewed at each third, so that two thirds are left to a worker that stops: nobody may claim its lanes
+        before that, and nothing is locked any more then.
+        """
+        return max(1, int(self.lease * 1000 * 2 / 3))
+
+    @property
+    def _stalled(self) -> str:
+        return str(self.stalled_ms)
 
     async def prepare(self, *, create: bool) -> None:
         await super().prepare(create=create)
         with self.reaching():
+            async with self.own.connect() as connection:
+                self.may_autocommit = not await connection.run_sync(_names_statements)
             await self._read_clock()
             async with self.reading() as connection:
                 await self.load_marks(connection)
@@ -287,8 +318,55 @@ class PostgresStore(Store):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def _reader(self) -> AsyncIterator[_Query]:
+        """Runs the queries that a handler waits for, without what SQLAlchemy adds: twice the time of the query itself.
+
+        Its connection is kept for the next.
+        """
+        if self._compiled is None:
+            async with self.reading() as connection:
+
+                async def slowly(statement: TextClause, parameters: dict[str, Any]) -> Sequence[Any]:
+                    return (await connection.execute(statement, parameters)).all()
+
+                yield slowly
+            return
+        compiled = self._compiled
+        kept, self._at_hand = self._at_hand, None
+        connection = kept if kept is not None else await self.autocommit.connect()
+        try:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+
+            async def query(statement: TextClause, parameters: dict[str, Any]) -> Sequence[Any]:
+                if statement not in compiled:
+                    form = statement.compile(dialect=self.engine.dialect)
+                    compiled[statement] = str(form), list(form.positiontup or ())
+                text, names = compiled[statement]
+                rows: Sequence[Any] = await driver.fetch(text, *[parameters[name] for name in names])
+                return rows
+
+            yield query
+        except BaseException:
+            await connection.invalidate()
+            await connection.close()
+            raise
+        await self._put_aside(connection)
+
+    async def _put_aside(self, connection: AsyncConnection) -> None:
+        if self._at_hand is None and self._sibling is not None:
+            self._at_hand = connection
+        else:
+            await connection.close()
+
+    async def close(self) -> None:
+        kept, self._at_hand = self._at_hand, None
+        if kept is not None:
+            await kept.close()
+        await super().close()
+
     async def read(self, place: Place, types: Sequence[str] | None, limit: int, toward: Place | None = None) -> Page:
-        async with self.reading() as connection:
+        async with self._reader() as query:
             if place.target is None:
                 floor = self.floor(place.snapshot)
                 parameters = {
@@ -298,25 +376,23 @@ class PostgresStore(Store):
                     "toward": None if toward is None else toward.snapshot,
                     "types": None if types is None else list(types),
                 }
-                found = (await connection.execute(_WINDOW[toward is None, types is None], parameters)).all()
-                now: str = found[0].now
-                rows = [Row(*row[1:]) for row in found if row.position is not None]
+                found = await query(_WINDOW[toward is None, types is None], parameters)
+                now: str = found[0][0]
+                rows = [Row(*row[1:]) for row in found if row[1] is not None]
                 if len(rows) <= limit:
                     rows.sort(key=lambda row: row.position)
                     return Page(rows, (place.snapshot, now), Place(now), toward is None)
                 # more than a page: from its least position on, which a late commit may have put far back
-                first = await connection.scalar(_FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor})
+                first: int = (await query(_FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor}))[0][0]
                 place = Place(place.snapshot, now, first - 1)
-            rows = await self._next_of(connection, place, types, limit)
+            rows = await self._next_of(query, place, types, limit)
         assert place.target is not None
         ended = len(rows) < limit
         after = Place(place.target) if ended else Place(place.snapshot, place.target, rows[-1].position)
         # what was committed since the window was opened is not in it: the next read looks for that
         return Page(rows, (place.snapshot, place.target), after, False)
 
-    async def _next_of(
-        self, connection: AsyncConnection, place: Place, types: Sequence[str] | None, limit: int
-    ) -> list[Row]:
+    async def _next_of(self, query: _Query, place: Place, types: Sequence[str] | None, limit: int) -> list[Row]:
         """The next `limit` rows of a paged window, or what is left of it.
 
         Looked for in stretches: with no upper bound each partition beyond would be searched for its first one.
@@ -324,7 +400,7 @@ class PostgresStore(Store):
         rows: list[Row] = []
         after, stretch, last = place.page, STRETCH, None
         while True:
-            page = await connection.execute(
+            page = await query(
                 _PAGE[types is None],
                 {
                     "snapshot": place.snapshot,
@@ -340,7 +416,7 @@ class PostgresStore(Store):
             if len(rows) == limit:
                 return rows
             if last is None:  # later than the window: whatever it holds has a position by now
-                last = await connection.scalar(text("SELECT last_value FROM whereupon_log_position"))
+                last = (await query(_LAST, {}))[0][0]
             if after >= last:
                 return rows
 
@@ -393,7 +469,8 @@ class PostgresStore(Store):
 
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
         held = await connection.execute(
-            text(f"SELECT {_STALLED} FROM whereupon_cursor WHERE {_KEY} FOR UPDATE"), _key(cursor)
+            text(f"SELECT {_STALLED} FROM whereupon_cursor WHERE {_KEY} FOR UPDATE"),
+            {**_key(cursor), "stalled": self._stalled},
         )
         if held.first() is None:
             raise lost(cursor)
@@ -408,6 +485,7 @@ class PostgresStore(Store):
                 **move.place._asdict(),
                 "add": _array(move.add),
                 "drop": _array(move.drop),
+                "stalled": self._stalled,
                 **self._kept(worker, remembered),
             },
         )
@@ -451,6 +529,19 @@ class PostgresStore(Store):
         async with self.reading() as connection:
             rows = await connection.execute(query, {"ids": list(event_ids)})
             return [Passed(**{**row._mapping, "ran": ran_in(row.ran)}) for row in rows]
+
+
+def _names_statements(connection: Connection) -> bool:
+    """Whether each statement is prepared under a name of its own, in a trip before the one that runs it.
+
+    So SQLAlchemy advises for asyncpg behind a pooler in transaction mode. Outside a transaction these two trips may
+    come to two servers.
+    """
+    adapter = connection.connection.dbapi_connection
+    if getattr(adapter, "_prepared_statement_cache", True) is not None:
+        return False
+    name = getattr(adapter, "_prepared_statement_name_func", None)
+    return name is None or name() != ""
 
 
 def _age(snapshot: str) -> tuple[int, int]:
@@ -500,6 +591,7 @@ def _page(all_types: bool) -> TextClause:
 _WINDOW: Final = {(now, every): _window(now, every) for now in (True, False) for every in (True, False)}
 _PAGE: Final = {every: _page(every) for every in (True, False)}
 # OFFSET 0: else the least position would be looked for from the beginning of the log on
+_LAST: Final = text("SELECT last_value FROM whereupon_log_position")
 _FIRST: Final = text(
     f"SELECT least((SELECT min(n.position) FROM (SELECT l.position FROM whereupon_log l WHERE {_SINCE} "
     f"AND pg_visible_in_snapshot(l.tx_id, {_snapshot('target')}) {_BY_ID} OFFSET 0) n), "

@@ -89,6 +89,8 @@ _rolling_back: Final[set[asyncio.Task[None]]] = set()
 
 
 class SQLiteStore(Store):
+    errors = (*Store.errors, sqlite3.Error)
+
     def __init__(self, engine: AsyncEngine) -> None:
         super().__init__(engine)
         pool = engine.sync_engine.pool
@@ -269,9 +271,10 @@ class SQLiteStore(Store):
         if self._pulse is None:
             self._pulse = await self.own.connect()
         try:
-            # tells of commits through any other connection, in this process or another
-            version = (await self._pulse.exec_driver_sql("PRAGMA data_version")).scalar()
-            await self._pulse.rollback()  # within one transaction the answer stays the same
+            # tells of commits through any other connection, in this process or another; asked of the driver, since
+            # SQLAlchemy would begin a transaction, within which the answer stays the same, and end it again
+            driver: Any = (await self._pulse.get_raw_connection()).driver_connection
+            [(version,)] = await driver.execute_fetchall("PRAGMA data_version")
         except BaseException:
             await self._end_pulse()
             raise

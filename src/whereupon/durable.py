@@ -27,13 +27,14 @@ from sqlalchemy import URL, Connection, Engine, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from whereupon import _staging, cluster, schema
 from whereupon._dispatch import Call, Runner
 from whereupon._postgres import PostgresStore
 from whereupon._sqlite import SQLiteStore, configure
 from whereupon.action import Operator
+from whereupon.bell import Listener, Ringer, channel_of
 from whereupon.bus import Subscribing
 from whereupon.codec import Codec, JsonCodec
 from whereupon.context import Metadata, encode_metadata, handling, metadata_for
@@ -65,6 +66,7 @@ from whereupon.store import (
     Row,
     Store,
     lane_of,
+    sibling,
 )
 from whereupon.subscription import Delivery, Subscription
 from whereupon.worker import Worker
@@ -134,6 +136,10 @@ class EventBus(Subscribing):
     `retain` workers prune the log by themselves, about hourly, of events older than that which every subscription has
     passed; None (the default) leaves that to `prune`, so the log grows until somebody calls it.
 
+    Workers on PostgreSQL hear of other processes' events by LISTEN. Where `database` leads through a pooler in
+    transaction mode (PgBouncer), which can't pass that on, `listen_url` is a URL of the same database that goes
+    straight to the server. With it the bus prepares no statements on the connections it makes to `database`.
+
     A bus belongs to the event loop that it is entered on. An engine given to it stays the caller's to dispose of.
     """
 
@@ -143,6 +149,7 @@ class EventBus(Subscribing):
         *,
         logger: Any = None,
         codec: Codec | None = None,
+        listen_url: str | URL | None = None,
         deliver: bool = True,
         in_flight: int = 100,
         lease: float = 30.0,
@@ -152,9 +159,17 @@ class EventBus(Subscribing):
         retain: timedelta | None = None,
     ) -> None:
         super().__init__(logger)
-        self.engine, self._owns_engine = _engine_of(database)
+        self.engine, self._owns_engine = _engine_of(database, through_pooler=listen_url is not None)
         sqlite = self.engine.dialect.name == "sqlite"
-        self._store: Store = SQLiteStore(self.engine) if sqlite else PostgresStore(self.engine)
+        self._listen_url = None if listen_url is None else _listen_url(self.engine, listen_url)
+        self._store: Store
+        self._ringer: Ringer | None = None
+        if sqlite:
+            self._store = SQLiteStore(self.engine)
+        else:
+            self._store = store = PostgresStore(self.engine)
+            self._ringer = Ringer(store)
+        self._listener: Listener | None = None
         self._codec: Codec = codec if codec is not None else JsonCodec()
         self._deliver = deliver
         poll = poll_interval if poll_interval is not None else 0.1 if sqlite else 0.5
@@ -170,7 +185,7 @@ class EventBus(Subscribing):
             raise ValueError(f"EventBus(retain={retain}): it is an age, such as timedelta(days=30)")
         self._retain = retain
         self._in_flight = in_flight
-        self._lease = lease
+        self._lease = self._store.lease = lease
         self._poll_interval = poll
         self._drain_timeout = drain_timeout
         self._create_tables = sqlite if create_tables is None else create_tables
@@ -278,6 +293,8 @@ class EventBus(Subscribing):
                 if self._owns_engine:
                     # connections of a closed loop can't be used, nor closed: they are left to the garbage collector
                     self.engine.sync_engine.dispose(close=False)
+                if self._ringer is not None:
+                    self._ringer.forget()
                 self._lose_due(BusStateError("its event loop was closed"))
             self._loop, self._preparing = loop, asyncio.Lock()
         elif self._loop is not loop:
@@ -317,6 +334,8 @@ class EventBus(Subscribing):
             if not self._prepared:
                 await self._store.prepare(create=self._create_tables)
                 self._database_id = await self._store.database_id()
+                if self._ringer is not None:
+                    self._ringer.channel = channel_of(self._database_id)
                 self._prepared = True
             if any(s.name not in self._registered for s in registering):
                 self._lanes = await self._store.register(registering)
@@ -454,7 +473,7 @@ class EventBus(Subscribing):
         return Failure(row, state, 1, wait, type(error).__name__, message_of(error)[:4000], trace_of(error))
 
     def committed(self, staged: list[_Staged], *, certain: bool) -> None:
-        """The transaction is over: wake the worker, and run what was to run right after the commit."""
+        """The transaction is over: wake the workers, and run what was to run right after the commit."""
         types = {type(item.event).__event__.name for item in staged}
         for item in staged if not certain else ():
             if self._after_commit(item):
@@ -486,8 +505,14 @@ class EventBus(Subscribing):
         types, after = self._due.popleft()
         if self._worker is not None:
             self._worker.wake(types)
+        self._ring(types)
         for item, calls in after:
             self._runner.start(calls, item.event, item.context, self._failed, self._ended)
+
+    def _ring(self, types: Set[str]) -> None:
+        """Notify the workers of other processes, unless all that hears of these events is served here."""
+        if self._ringer is not None and (self._worker is None or self._worker.others_wait(types)):
+            self._ringer.ring(types)
 
     def _lose_due(self, reason: Exception) -> None:
         while self._due:
@@ -546,10 +571,23 @@ class EventBus(Subscribing):
                 with self._store.reaching():
                     await worker.start()
                 self._worker = worker
+                self._listen(worker)
         except BaseException:
             await self._let_go()
             raise
         self._entered = True
+
+    def _listen(self, worker: Worker) -> None:
+        if self._ringer is None:
+            return
+        if self._listen_url is None:
+            engine = sibling(self.engine)
+        else:
+            engine = create_async_engine(self._listen_url, hide_parameters=True, poolclass=NullPool)
+        self._listener = Listener(
+            engine, self._ringer, on_ring=worker.wake, log=worker.log, poll_interval=self._poll_interval
+        )
+        self._listener.start()
 
     async def close(self, *, drain: bool = True) -> None:
         """Deliver what is due, at most `drain_timeout` seconds, stop, and give connections back.
@@ -564,9 +602,16 @@ class EventBus(Subscribing):
         except TimeoutError:
             self.logger.warning("bus_drain_timed_out", seconds=self._drain_timeout)
         finally:
+            if self._listener is not None:
+                listener, self._listener = self._listener, None
+                await listener.stop()
             if self._worker is not None:
                 worker, self._worker = self._worker, None
                 await worker.stop(max(0.0, deadline - loop.time()))
+            if self._ringer is not None:
+                for types, _ in self._due:
+                    self._ring(types)
+                await self._ringer.flush()
             why = f"it still ran {self._drain_timeout:g} s after the bus began to close, and was cancelled"
             if abandoned := self._runner.stop(why):
                 await asyncio.wait(abandoned, timeout=max(1.0, self._drain_timeout))
@@ -766,7 +811,33 @@ def _extra(url: URL) -> str:
     return "whereupon[psycopg]" if url.drivername == "postgresql+psycopg" else _DRIVERS[url.get_backend_name()][1]
 
 
-def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
+_UNPREPARED: Final[Mapping[str, Mapping[str, Any]]] = {
+    # an unnamed statement is parsed in the trip that runs it, and leaves nothing on a server that others use next
+    "asyncpg": {
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+        "prepared_statement_name_func": str,
+    },
+    "psycopg": {"prepare_threshold": None},
+}
+"""What drivers are told for connections through a pooler in transaction mode."""
+
+
+def _listen_url(engine: AsyncEngine, listen_url: str | URL) -> URL:
+    try:
+        url = make_url(listen_url)
+    except (ArgumentError, ValueError):
+        url = None
+    if engine.dialect.name != "postgresql" or url is None or url.get_backend_name() != "postgresql":
+        raise UnsupportedDatabaseError(
+            "listen_url is a PostgreSQL URL of the bus's database, for the one connection that listens: "
+            'EventBus("postgresql+asyncpg://…pooler…", listen_url="postgresql+asyncpg://…server…")'
+        )
+    _check_driver(url)
+    return url
+
+
+def _engine_of(database: str | URL | AsyncEngine, *, through_pooler: bool) -> tuple[AsyncEngine, bool]:
     """The engine to use, and whether it is the bus's own."""
     if isinstance(database, AsyncEngine):
         _check_driver(database.url)
@@ -791,7 +862,13 @@ def _engine_of(database: str | URL | AsyncEngine) -> tuple[AsyncEngine, bool]:
         url = url.set(database=_private_file())
     try:
         # what people typed stays out of error messages
-        engine = create_async_engine(url, hide_parameters=True, pool_size=12, max_overflow=12)
+        engine = create_async_engine(
+            url,
+            hide_parameters=True,
+            pool_size=12,
+            max_overflow=12,
+            connect_args=dict(_UNPREPARED.get(url.get_driver_name(), {})) if through_pooler else {},
+        )
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise UnsupportedDatabaseError(
             f"the driver of {url.drivername} is not installed: pip install '{_extra(url)}'"

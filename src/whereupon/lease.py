@@ -48,12 +48,14 @@ class Lease:
         seconds: float,
         *,
         in_flight: int,
+        autocommit: bool,
         log: Callable[..., None],
         on_lost: Callable[[], None],
     ) -> None:
         self.id: UUID = uuid4()
         self._engine = engine
         self._postgres = engine.dialect.name == "postgresql"
+        self._autocommit = autocommit
         self._seconds = seconds
         self._in_flight = in_flight
         self._log = log
@@ -129,7 +131,7 @@ class Lease:
 
         self._end = end
         engine = sibling(self._engine)
-        if self._postgres:
+        if self._autocommit:
             engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
             await self._renew_until(ended, engine)
@@ -151,10 +153,11 @@ class Lease:
             try:
                 async with asyncio.timeout(patience), engine.connect() as connection:
                     lost = await self._renew(connection)
-                    if time.monotonic() - tidied > 60:
-                        await self._tidy(connection)
-                        tidied = time.monotonic()
                     await connection.commit()
+                    if time.monotonic() - tidied > 60:
+                        tidied = time.monotonic()
+                        await self._tidy(connection)
+                        await connection.commit()
             except Exception as error:
                 if self._started is not None and not self._report_started(error):
                     return

@@ -264,11 +264,17 @@ class Store(abc.ABC):
     """The database's clock, in SQL: leases and retries are judged by it alone."""
     upsert: Callable[..., Any]
     """The dialect's INSERT, which knows ON CONFLICT."""
+    hears_of_deaths = False
+    """Whether a pulse tells that the lease of another worker has run out."""
+    may_autocommit = False
+    """Whether statements may run outside transactions, which saves BEGIN and ROLLBACK around a single one."""
     errors: tuple[type[Exception], ...] = (SQLAlchemyError, OSError)
     """What is raised where the database does not answer, or not as asked."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self.lease = 30.0
+        """Seconds that a worker's lease holds; told by the bus."""
         self._sibling: AsyncEngine | None = None
         self.use(engine)
         self.shown_url = engine.url.render_as_string(hide_password=True)

@@ -91,13 +91,22 @@ class Worker:
         self.stopping = False
         self.settled = Event()
         """Set whenever something was settled; whoever waits for it clears it."""
-        self.lease = Lease(store.engine, lease, in_flight=in_flight, log=self.log, on_lost=self._lease_was_lost)
+        self.lease = Lease(
+            store.engine,
+            lease,
+            in_flight=in_flight,
+            autocommit=store.may_autocommit,
+            log=self.log,
+            on_lost=self._lease_was_lost,
+        )
         limits = [share.subscription.timeout for share in self.shares.values()]
         self.lease.allow(
             max((limit for limit in limits if limit is not None), default=0.0) if None not in limits else None
         )
         self._seconds = lease
         self.types = _types(self.shares.values())
+        self._elsewhere: frozenset[str] | None = None
+        """The subscriptions that other workers serve, too; None while that is not known."""
         self._heard: dict[str, list[Share]] = {}
         self.place: Any = None
         """How far the log was read for the lanes that are read together."""
@@ -159,6 +168,19 @@ class Worker:
                 # publishers write the exceptions of handlers that failed inside their transaction
                 lane.due = lane.due or lane.subscription.delivery == "in_transaction"
             self.pump()
+
+    def others_wait(self, types: Collection[str]) -> bool:
+        """Whether another worker may have to deliver events of these stored types."""
+        if self._elsewhere is None:
+            return True
+        for name in self._elsewhere:
+            share = self.shares.get(name)
+            if share is None:  # a name that only they know
+                return True
+            hears = _types([share])
+            if (hears is None or not hears.isdisjoint(types)) and len(share.lanes) < share.count:
+                return True
+        return False
 
     def look(self) -> None:
         self._looks += 1
@@ -288,15 +310,17 @@ class Worker:
         """Take the lanes that are ours to serve and free, give up those that are others'."""
         unsure = self._unsure
         layout = await self.store.layout(list(self.shares))
+        self._elsewhere = frozenset().union(*(names for worker, names in layout.workers if worker != self.id))
         if not self.stopping:
             await self._balance(layout)
         if unsure and any(worker == self.id for worker, _ in layout.workers):
             self._unsure = False
             self.pump()
         self._tended.set()
-        # of others no pulse tells that they died; alone there is nothing to wait for
+        # alone there is nothing to wait for
         alone = all(worker == self.id for worker, _ in layout.workers) and len(self.lanes) == len(layout.lanes)
-        await happens(self._tend_now, self._seconds / 3 if alone else min(self._seconds / 3, 1.0))
+        seldom = alone or self.store.hears_of_deaths
+        await happens(self._tend_now, self._seconds / 3 if seldom else min(self._seconds / 3, 1.0))
         self._tend_now.clear()
 
     async def _balance(self, layout: Layout) -> None:
@@ -443,7 +467,7 @@ class Worker:
         if self.place != before:  # taken elsewhere meanwhile, by the first of new lanes
             return
         self._distribute(before, page, logged)
-        if page.complete and not page.rows:
+        if page.complete:
             self._seen = looks
             if self._looks == looks and not self.stopping:
                 await self._wake.wait()
