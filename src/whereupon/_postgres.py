@@ -322,9 +322,9 @@ class PostgresStore(Store):
     async def _reader(self) -> AsyncIterator[_Query]:
         """Runs the queries that a handler waits for, without what SQLAlchemy adds: twice the time of the query itself.
 
-        Its connection is kept for the next.
+        Its connection is kept for the next. Without a worker nobody waits, and the queries go the usual way.
         """
-        if self._compiled is None:
+        if self._compiled is None or self._sibling is None:
             async with self.reading() as connection:
 
                 async def slowly(statement: TextClause, parameters: dict[str, Any]) -> Sequence[Any]:
