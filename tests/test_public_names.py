@@ -27,8 +27,8 @@ PUBLIC = {
     # errors
     "ActionRefused",
     "BusStateError", "DatabaseError", "DatabaseUnavailableError", "DuplicateSubscriptionError", "EventDecodingError",
-    "EventDefinitionError", "EventEncodingError", "ForeignClusterError", "ForeignSessionError", "HandlerSessionError", "HandlerTimeout",
-    "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionError", "UnknownEventError",
+    "EventDefinitionError", "EventEncodingError", "ForeignClusterError", "ForeignSessionError", "HandlerSessionError",
+    "HandlerTimeout", "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionError", "UnknownEventError",
     "UnsupportedDatabaseError", "WhereuponError",
 }  # fmt: skip
 

@@ -349,7 +349,8 @@ class SQLiteStore(Store):
 
     async def passed(self, event_ids: Sequence[UUID]) -> list[Passed]:
         query = text(
-            "SELECT l.event_id, l.type, l.position, l.keys, CAST(l.ran AS text) AS ran, l.version, CAST(l.payload AS BLOB) AS payload, "
+            "SELECT l.event_id, l.type, l.position, l.keys, CAST(l.ran AS text) AS ran, l.version, "
+            "CAST(l.payload AS BLOB) AS payload, "
             "c.subscription, c.lane, s.lanes, s.ordered_by, "
             "l.position <= c.page OR EXISTS (SELECT 1 FROM json_each(c.done) d WHERE d.value = l.position) AS past, "
             "l.recorded_at < s.created_at AS older "
