@@ -19,7 +19,18 @@ pytestmark = pytest.mark.integration
 
 TABLES = {
     f"whereupon_{name}"
-    for name in ("meta", "log", "process", "subscription", "cursor", "exception", "action", "history", "audit")
+    for name in (
+        "meta",
+        "log",
+        "process",
+        "subscription",
+        "definition",
+        "cursor",
+        "exception",
+        "action",
+        "history",
+        "audit",
+    )
 }
 
 

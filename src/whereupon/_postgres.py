@@ -9,7 +9,7 @@ A window too large for one page is paged by position while S2 is kept as `target
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
@@ -48,7 +48,6 @@ from whereupon.store import (
     lost,
     ran_in,
 )
-from whereupon.subscription import Subscription
 
 
 class Place(NamedTuple):
@@ -59,6 +58,10 @@ class Place(NamedTuple):
     page: int = 0
     """While a window is paged: the position up to which it is handled."""
 
+
+NOTHING: Final = "1:1:"
+"""The snapshot that sees no transaction, and the one that sees all there will ever be."""
+EVERYTHING: Final = f"{2**62 - 1}:{2**62 - 1}:"
 
 CLOCK_READ_EVERY: Final = 60.0
 """Seconds between two looks at the server's clock: in between, this machine's may have been asleep."""
@@ -199,39 +202,17 @@ class PostgresStore(Store):
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
-    async def register(self, subscriptions: Iterable[Subscription]) -> dict[str, int]:
-        wanted = sorted(subscriptions, key=lambda subscription: subscription.name)
-        names = [subscription.name for subscription in wanted]
-        with self.reaching():
-            async with self.writing() as connection:
-                await connection.execute(
-                    text(
-                        "WITH wanted AS (SELECT * FROM unnest(:names, :lanes, :fields) AS w (name, lanes, ordered_by)),"
-                        " "
-                        "made AS (INSERT INTO whereupon_subscription (name, lanes, ordered_by) SELECT * FROM wanted w "
-                        "WHERE NOT EXISTS (SELECT 1 FROM whereupon_subscription s WHERE s.name = w.name) "
-                        "ON CONFLICT DO NOTHING RETURNING name, lanes) "
-                        "INSERT INTO whereupon_cursor (subscription, lane, snapshot) "
-                        "SELECT name, lane, whereupon_snapshot() FROM made, generate_series(0, lanes - 1) AS lane"
-                    ).bindparams(
-                        bindparam("names", type_=ARRAY(Text())),
-                        bindparam("lanes", type_=ARRAY(Integer())),
-                        bindparam("fields", type_=ARRAY(Text())),
-                    ),
-                    {
-                        "names": names,
-                        "lanes": [subscription.lanes for subscription in wanted],
-                        "fields": [subscription.ordered_by for subscription in wanted],
-                    },
-                )
-            async with self.reading() as connection:
-                rows = await connection.execute(
-                    text("SELECT name, lanes FROM whereupon_subscription WHERE name = ANY(:names)").bindparams(
-                        bindparam("names", type_=ARRAY(Text()))
-                    ),
-                    {"names": names},
-                )
-                return {row.name: row.lanes for row in rows}
+    async def before(self, connection: AsyncConnection, position: int | None) -> Place:
+        if position is None:
+            return Place(NOTHING)
+        return Place(NOTHING, (await self.end(connection)).snapshot, position - 1)
+
+    @property
+    def finished(self) -> Place:
+        return Place(EVERYTHING)
+
+    def reaches(self, place: Place, last: int) -> bool:
+        return place.target is None or place.page >= last
 
     def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
         columns: dict[str, list[Any]] = {
@@ -434,7 +415,7 @@ class PostgresStore(Store):
                 await connection.execute(
                     _PULSE,
                     {
-                        **_unseen_by(self._seen or "1:1:"),
+                        **_unseen_by(self._seen or NOTHING),
                         "floor": 0 if self._seen is None else self.floor(self._seen),
                         "owner": owner,
                         "names": list(names),

@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -19,7 +19,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon.schema import UTCDateTime, exception, log, process
 from whereupon.schema import cursor as cursor_table
-from whereupon.schema import subscription as subscription_table
 from whereupon.store import (
     Cursor,
     LaneKey,
@@ -35,7 +34,6 @@ from whereupon.store import (
     lost,
     ran_in,
 )
-from whereupon.subscription import Subscription
 
 BUSY_SECONDS = 30.0
 
@@ -125,39 +123,15 @@ class SQLiteStore(Store):
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
-    async def register(self, subscriptions: Iterable[Subscription]) -> dict[str, int]:
-        wanted = sorted(subscriptions, key=lambda subscription: subscription.name)
-        with self.reaching():
-            known = await self._lanes()
-            if missing := [subscription for subscription in wanted if subscription.name not in known]:
-                await self._register(missing)
-                known = await self._lanes()
-        return {subscription.name: known[subscription.name] for subscription in wanted}
+    async def before(self, connection: AsyncConnection, position: int | None) -> int:
+        return 0 if position is None else position - 1
 
-    async def _lanes(self) -> dict[str, int]:
-        async with self.reading() as connection:
-            rows = await connection.execute(select(subscription_table.c.name, subscription_table.c.lanes))
-            return {row.name: row.lanes for row in rows}
+    @property
+    def finished(self) -> int:
+        return 2**62
 
-    async def _register(self, missing: Sequence[Subscription]) -> None:
-        async with self.writing() as connection:
-            for subscription in missing:
-                made = await connection.execute(
-                    text(
-                        "INSERT INTO whereupon_subscription (name, lanes, ordered_by) VALUES (:name, :lanes, :field) "
-                        "ON CONFLICT DO NOTHING"
-                    ),
-                    {"name": subscription.name, "lanes": subscription.lanes, "field": subscription.ordered_by},
-                )
-                if not made.rowcount:
-                    continue
-                await connection.execute(
-                    text(
-                        "INSERT INTO whereupon_cursor (subscription, lane, page) VALUES (:name, :lane, "
-                        "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'whereupon_log'), 0))"
-                    ),
-                    [{"name": subscription.name, "lane": lane} for lane in range(subscription.lanes)],
-                )
+    def reaches(self, place: int, last: int) -> bool:
+        return place >= last
 
     def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
         values = [{**record._asdict(), "recorded_at": datetime.now(UTC)} for record in records]

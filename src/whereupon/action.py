@@ -33,7 +33,7 @@ from whereupon.event import DomainEvent
 from whereupon.lane import key_of, lost_a_race
 from whereupon.schema import action as action_table
 from whereupon.schema import cursor as cursor_table
-from whereupon.schema import exception, process, without_nul
+from whereupon.schema import exception, log, process, without_nul
 from whereupon.schema import subscription as subscription_table
 from whereupon.store import (
     DEAD,
@@ -75,7 +75,7 @@ class Action:
     at: datetime
     author: str
     action: str
-    """pause, resume, retry, edit, skip, retire or lanes."""
+    """pause, resume, retry, edit, skip, retire, lanes, adopt or replay."""
     subscription: str
     generation: int | None
     position: int | None
@@ -499,6 +499,100 @@ class Operator:
 
         return await self._changing(change)
 
+    async def adopt(self, subscription: str, reason: str, *, author: str | None = None) -> bool:
+        """Go on with a subscription as this build declares it, though another has been served since; whether it was.
+
+        For a rollback: workers leave a subscription alone that a newer build has defined otherwise (other events, or
+        another kind of delivery). Events that only the newer definition hears are passed over from now on.
+        """
+        by = _by(reason, author)
+        declared = self._declared(subscription)
+        async with self._store.reading() as connection:
+            before = await connection.scalar(
+                select(subscription_table.c.definition).where(subscription_table.c.name == subscription)
+            )
+        if before == declared.definition:
+            return False
+        await self._store.register([declared], adopt=True)
+
+        async def change(connection: AsyncConnection) -> bool:
+            details = {"before": before, "now": declared.definition}
+            await self._record(connection, by, "adopt", subscription, details=details)
+            return True
+
+        return await self._changing(change)
+
+    async def replay(
+        self,
+        subscription: str,
+        reason: str,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        rate: float | None = None,
+        author: str | None = None,
+    ) -> int:
+        """Deliver a range of the log again, beside what is new; return the number of this generation of deliveries.
+
+        From the first event recorded at `since` or later to the last one recorded before `until`, in the order of the
+        log, and none that commits later; None is the beginning, or now. `rate` is deliveries a second. Handlers see a
+        new idempotency key and `EventContext.generation`. Events that were pruned are gone. Order by key holds within
+        a generation, not between this one and others.
+        """
+        by = _by(reason, author)
+        if rate is not None and not 0 < rate < float("inf"):
+            raise ActionRefused(f"a replay at {rate} deliveries a second would never end: say more than 0, or None")
+        for name, moment in (("since", since), ("until", until)):
+            if moment is not None and moment.tzinfo is None:
+                raise ActionRefused(f"{name}={moment} is in no time zone: write datetime(…, tzinfo=UTC)")
+        declared = self._declared(subscription)
+        types = [cls.__event__.name for cls in declared.event_types if cls is not DomainEvent]
+
+        async def change(connection: AsyncConnection) -> int:
+            await self._store.exclusively(connection, "retention")  # what is to be read may not go meanwhile
+            row = await self._locked_subscription(connection, subscription)
+            heard = [log.c.type.in_(types)] if len(types) == len(declared.event_types) else []
+            after = [log.c.recorded_at >= since] if since is not None else []
+            before = [log.c.recorded_at < until] if until is not None else []
+            first, last = (
+                await connection.execute(
+                    select(func.min(log.c.position), func.max(log.c.position)).where(*heard, *after, *before)
+                )
+            ).one()
+            if first is None:
+                raise ActionRefused(f"there is nothing in the log that {subscription} hears in that time")
+            known = await connection.scalar(
+                select(func.max(cursor_table.c.generation)).where(cursor_table.c.subscription == subscription)
+            )
+            generation = int(known or 0) + 1
+            keys = [LaneKey(subscription, generation, lane) for lane in range(row.lanes)]
+            await self._store.lay(connection, keys, await self._store.before(connection, first), 0)
+            await connection.execute(
+                update(cursor_table)
+                .where(cursor_table.c.subscription == subscription, cursor_table.c.generation == generation)
+                .values(last=last, rate=rate)
+            )
+            details = {
+                "generation": generation,
+                "first": first,
+                "last": last,
+                "since": None if since is None else since.isoformat(),
+                "until": None if until is None else until.isoformat(),
+                "rate": rate,
+            }
+            await self._record(connection, by, "replay", subscription, details=details)
+            return generation
+
+        return await self._changing(change)
+
+    def _declared(self, subscription: str) -> Subscription:
+        if subscription not in self._subscriptions:
+            raise ActionRefused(
+                f"{subscription} is not declared by this bus, so which events it hears is not known here: name a bus "
+                "that declares it"
+            )
+        return self._subscriptions[subscription]
+
     async def lanes(
         self,
         subscription: str,
@@ -519,16 +613,10 @@ class Operator:
         by = _by(reason, author)
         if not 1 <= number <= 1024:
             raise ActionRefused(f"{subscription} can't have {number} lanes: 1 to 1024")
-        if subscription not in self._subscriptions:
-            raise ActionRefused(
-                f"{subscription} is not declared by this bus, so which events it hears is not known here: name a bus "
-                "that declares it"
-            )
+        declared = self._declared(subscription)
         paused_here = await self._set_paused(subscription, True, f"to change its lanes: {reason}", author)
         try:
-            return await self._relay(
-                self._subscriptions[subscription], number, by, timeout, progress, resume=paused_here
-            )
+            return await self._relay(declared, number, by, timeout, progress, resume=paused_here)
         except BaseException:
             if paused_here:
                 await self._set_paused(subscription, False, "its lanes were not changed", author)

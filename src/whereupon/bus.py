@@ -19,6 +19,7 @@ from whereupon.subscription import (
     Delivery,
     Handler,
     Retry,
+    Start,
     Subscription,
     Subscriptions,
     handlers_of,
@@ -82,6 +83,8 @@ class EventBusProtocol(Protocol):
         lanes: int = DEFAULT_LANES,
         batch: int = 1,
         rate: float | None = None,
+        start: Start = "now",
+        backfill_rate: float | None = None,
     ) -> None: ...
 
     @overload
@@ -100,6 +103,8 @@ class EventBusProtocol(Protocol):
         lanes: int = DEFAULT_LANES,
         batch: int = 1,
         rate: float | None = None,
+        start: Start = "now",
+        backfill_rate: float | None = None,
     ) -> Subscriber[E]: ...
 
     def register(self, handlers: object, /, **options: Any) -> None: ...
@@ -143,6 +148,8 @@ class Subscribing:
         lanes: int = DEFAULT_LANES,
         batch: int = 1,
         rate: float | None = None,
+        start: Start = "now",
+        backfill_rate: float | None = None,
     ) -> None: ...
 
     @overload
@@ -161,6 +168,8 @@ class Subscribing:
         lanes: int = DEFAULT_LANES,
         batch: int = 1,
         rate: float | None = None,
+        start: Start = "now",
+        backfill_rate: float | None = None,
     ) -> Subscriber[E]: ...
 
     def subscribe(
@@ -174,7 +183,9 @@ class Subscribing:
         publisher. `ordered_by` names a field: events with equal values are delivered one at a time, in the order of
         publishing. `lanes` is into how many shares the subscription is split when it is first registered, so how many
         workers can share its load; `batch` how many deliveries may share one transaction; `rate` how many there are a
-        second, by all workers together. Raises `SubscriptionError` for a handler that could not be called.
+        second, by all workers together. `start` is where in the log it begins when it is first registered: "now", at
+        the "beginning" or at a time; `backfill_rate` is its `rate` until it has caught up. Raises `SubscriptionError`
+        for a handler that could not be called.
         """
         if handler is _Missing.HANDLER:
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 from uuid import UUID
@@ -49,7 +49,9 @@ app = cyclopts.App(
 )
 db = cyclopts.App(name="db", help="The tables that whereupon keeps in the application's database.")
 app.command(db)
-handlers = cyclopts.App(name="handlers", help="Subscriptions: pause, resume, retire, change their lanes.")
+handlers = cyclopts.App(
+    name="handlers", help="Subscriptions: pause, resume, retire, adopt, replay, change their lanes."
+)
 app.command(handlers)
 dead = cyclopts.App(name="dead", help="Dead letters: deliveries that used up their attempts.")
 app.command(dead)
@@ -494,6 +496,68 @@ def retire(
         return _done(text, as_json, subscription=name, exceptions=lost)
 
     return _operate(target, url, work)
+
+
+@handlers.command
+def adopt(
+    name: Name,
+    target: Target,
+    /,
+    *,
+    reason: Reason,
+    author: Author = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Go on with a subscription as this build declares it, after a newer build was rolled back.
+
+    Events that only the newer definition hears are passed over from then on.
+    """
+
+    async def work(bus: EventBus) -> int:
+        one = await _handler(bus, name)
+        if not _confirm(f"serve {_plan_for(one)} as this build declares it", yes):
+            return EXIT_ERROR
+        changed = await bus.operator.adopt(name, reason, author=author)
+        text = f"{name} is served as this build declares it" + ("." if changed else " already.")
+        return _done(text, as_json, subscription=name, changed=changed)
+
+    return _operate(target, None, work)
+
+
+@handlers.command
+def replay(
+    name: Name,
+    target: Target,
+    /,
+    *,
+    reason: Reason,
+    since: Annotated[
+        datetime | None, Parameter(help="From what was recorded then or later; else the beginning.")
+    ] = None,
+    until: Annotated[datetime | None, Parameter(help="Up to what was recorded before that; else now.")] = None,
+    rate: Annotated[float | None, Parameter(help="Deliveries a second, at most.")] = None,
+    author: Author = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Deliver a range of the log to a subscription again, beside what is new. Times without a zone are UTC."""
+
+    def aware(moment: datetime | None) -> datetime | None:
+        return moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+    async def work(bus: EventBus) -> int:
+        one = await _handler(bus, name)
+        span = f"from {since or 'the beginning'} to {until or 'now'}"
+        if not _confirm(f"deliver {span} to {_plan_for(one)} again, each event with a new idempotency key", yes):
+            return EXIT_ERROR
+        generation = await bus.operator.replay(
+            name, reason, since=aware(since), until=aware(until), rate=rate, author=author
+        )
+        text = f"{name} is delivered {span} again, as generation {generation}."
+        return _done(text, as_json, subscription=name, generation=generation)
+
+    return _operate(target, None, work)
 
 
 @handlers.command

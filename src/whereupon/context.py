@@ -134,13 +134,16 @@ class EventContext:
     subscription: str
     attempt: int = 1
     """1 for the first call, counted before the handler runs."""
+    generation: int = 0
+    """0, or the number of the replay that this delivery belongs to."""
     metadata: Metadata = NO_METADATA
     log: Any = field(default=None, repr=False, compare=False)
 
     @property
     def idempotency_key(self) -> str:
         """Equal on every attempt of this delivery, and for no other: hand it to whatever must not do things twice."""
-        return f"{self.event_id}:{self.subscription}"
+        key = f"{self.event_id}:{self.subscription}"
+        return f"{key}:{self.generation}" if self.generation else key
 
     @property
     def correlation_id(self) -> UUID:

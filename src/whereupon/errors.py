@@ -3,7 +3,8 @@
 WhereuponError
 ├── EventDefinitionError (TypeError)        an event class breaks a rule
 ├── SubscriptionError (TypeError)           a handler can't be subscribed
-│   └── DuplicateSubscriptionError          two handlers under one name
+│   ├── DuplicateSubscriptionError          two handlers under one name
+│   └── SubscriptionConflictError           the database has it with another order
 ├── PublishError                            nothing was published
 │   ├── SessionRequiredError (RuntimeError) no session, and the event may not stand alone
 │   ├── ForeignSessionError                 the session is on another database
@@ -42,6 +43,10 @@ class SubscriptionError(WhereuponError, TypeError):
 
 class DuplicateSubscriptionError(SubscriptionError):
     """A subscription of this name exists, with another handler or other options."""
+
+
+class SubscriptionConflictError(SubscriptionError):
+    """The database knows this subscription with an order that can't be changed; raised where the bus starts."""
 
 
 class PublishError(WhereuponError):

@@ -9,6 +9,7 @@ from asyncio import CancelledError, Task
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import Context
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -178,10 +179,14 @@ class Delivery(msgspec.Struct, gc=False, eq=False):
 
 
 class Share:
-    """What the lanes of one subscription share in this process."""
+    """What the lanes of one subscription share in this process: those that go on for ever, or those of one replay."""
 
-    def __init__(self, subscription: Subscription) -> None:
+    def __init__(self, subscription: Subscription, rate: float | None = None) -> None:
         self.subscription = subscription
+        self.definition = subscription.definition
+        self.rate = subscription.rate if rate is None else rate
+        self.registered_at: datetime | None = None
+        """When the subscription was; what was published before that is caught up on at its `backfill_rate`."""
         self.free = subscription.concurrency
         """How many more of its handlers may run now."""
         self.lanes: dict[int, Lane] = {}
@@ -242,7 +247,8 @@ class Share:
                 worker.later_carefully(delivery.lane, delivery)
                 self._begun += 1
                 return None
-            if self.subscription.rate is not None and not self._allowed(worker, self.subscription.rate):
+            rate = self._rate_of(delivery)
+            if rate is not None and not self._allowed(worker, rate):
                 return None
             self.queue.popleft()
             return delivery
@@ -263,6 +269,12 @@ class Share:
             yield call, logged.event, logged.context, timeout, delivery
             if delivery.seat is None and not delivery.ended:
                 lane.end_of(delivery)
+
+    def _rate_of(self, delivery: Delivery) -> float | None:
+        slower = self.subscription.backfill_rate
+        if slower is None or self.registered_at is None or delivery.logged.row.recorded_at >= self.registered_at:
+            return self.rate
+        return slower if self.rate is None else min(self.rate, slower)
 
     def _allowed(self, worker: Worker, rate: float) -> bool:
         """Whether the subscription's rate lets another one begin; each lane has its part of it."""
@@ -310,6 +322,8 @@ class Lane:
         """How many of the first deliveries may have been in flight in a worker that died."""
         self.read_place = cursor.place
         """How far the log was read for this lane."""
+        self.last: int | None = None
+        """The last position of a replay."""
         self.attached = False
         """Whether it is read together with the others that stand at the same place."""
         self.gathering = True
@@ -376,7 +390,7 @@ class Lane:
     def offer(self, logged: Logged, key: str | None) -> None:
         """Take an event of this lane that was read, in the order of the log."""
         row = logged.row
-        if row.ran is not None and self.name in ran_in(row.ran):
+        if row.ran is not None and not self.cursor.key.generation and self.name in ran_in(row.ran):
             self.exceptions.discard(row.position)
             if row.position in self.done:
                 self._passed_done.add(row.position)
@@ -394,9 +408,14 @@ class Lane:
             self.share.queue.append(delivery)
 
     def start_reading(self) -> None:
-        """Read by itself until it stands where the others are."""
+        """Read by itself until it stands where the others are, or at the end of its replay."""
         self.attached = False
-        self._solo = self.worker.spawn(self.worker.catch_up(self))
+        read = self.worker.catch_up if self.last is None else self.worker.replay
+        self._solo = self.worker.spawn(read(self))
+
+    @property
+    def caught_up(self) -> bool:
+        return self.attached or self.read_place == self.store.finished
 
     # --- what begins ------------------------------------------------------------------------------------------------
 
@@ -489,6 +508,7 @@ class Lane:
             event_type=logged.row.type,
             subscription=self.name,
             attempt=delivery.attempt,
+            generation=self.cursor.key.generation,
             metadata=logged.metadata,
             log=self.worker.handler_logger,
         )
@@ -596,7 +616,8 @@ class Lane:
         """Run the handler in a task, with those that may share its transaction; return how many."""
         together = [first]
         if self.subscription.batch > 1 and not first.careful:
-            together += self.share.neighbours(first, min(self.subscription.batch, self.worker.free) - 1)
+            most = min(self.subscription.batch, self.worker.free, self.share.free)
+            together += self.share.neighbours(first, most - 1)
         readable = []
         for delivery in together:
             self.take_slot(delivery)
@@ -736,7 +757,14 @@ class Lane:
                 delivery.in_doubt = True
             await commit()
             self._moved(place, add, drop)
-            self.blocked.update(counts)
+            self._count_blocking(counts)
+
+    def _count_blocking(self, counts: dict[str, int]) -> None:
+        for key, number in counts.items():
+            if number:
+                self.blocked[key] = number
+            else:
+                self.blocked.pop(key, None)
 
     async def _unpark(self, connection: Any, keys: Iterable[str]) -> dict[str, int]:
         """Make the next of each key due that nothing blocks any more; return how many block each key now."""
@@ -888,7 +916,7 @@ class Lane:
             for delivery in batch:
                 if delivery.failure is not None and delivery.failure.state in BLOCKING and delivery.key is not None:
                     self._unblocking(delivery.key)
-            self.blocked.update(counts)
+            self._count_blocking(counts)
             for delivery in running:
                 delivery.over = True
                 if delivery.listed:

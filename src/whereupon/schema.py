@@ -25,6 +25,7 @@ from sqlalchemy import (
     Column,
     Connection,
     DateTime,
+    Float,
     Integer,
     LargeBinary,
     MetaData,
@@ -110,8 +111,18 @@ subscription = Table(
     Column("name", Text, primary_key=True),
     Column("lanes", SmallInteger, nullable=False),
     Column("ordered_by", Text),
+    Column("definition", Text, nullable=False),
+    Column("revision", Integer, nullable=False),
     Column("paused", Boolean, nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
+)
+
+definition = Table(
+    "whereupon_definition",
+    metadata,
+    Column("subscription", Text, primary_key=True),
+    Column("definition", Text, primary_key=True),
+    Column("revision", Integer, nullable=False),
 )
 
 cursor = Table(
@@ -121,6 +132,8 @@ cursor = Table(
     Column("generation", Integer, primary_key=True),
     Column("lane", SmallInteger, primary_key=True),
     Column("page", _Big, nullable=False),
+    Column("last", _Big),
+    Column("rate", Float),
     Column("owner", Uuid),
     Column("token", _Big, nullable=False),
 )

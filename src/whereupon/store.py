@@ -25,11 +25,12 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlche
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
-from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost
+from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost, SubscriptionConflictError
 from whereupon.schema import cursor as cursor_table
-from whereupon.schema import exception, history, process, without_nul
+from whereupon.schema import definition as definition_table
+from whereupon.schema import exception, history, log, process, without_nul
 from whereupon.schema import subscription as subscription_table
-from whereupon.subscription import Subscription
+from whereupon.subscription import Start, Subscription
 
 RUNNING, RETRYING, WAITING, PARKED, DEAD, SKIPPED = "running", "retrying", "waiting", "parked", "dead", "skipped"
 OPEN = (RUNNING, RETRYING, WAITING, PARKED)
@@ -97,6 +98,14 @@ class LaneState(NamedTuple):
     in_flight: int | None
     """How many deliveries the owner may have had in flight, if its process is still known."""
     paused: bool
+    definition: str
+    """Of its subscription, as the latest build has it."""
+    registered_at: datetime
+    """When its subscription was."""
+    last: int | None
+    """The last position of a replay; None for what goes on for ever."""
+    rate: float | None
+    """Deliveries of a replay a second, by all its lanes together."""
 
 
 class Layout(NamedTuple):
@@ -381,12 +390,114 @@ class Store(abc.ABC):
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
-    @abc.abstractmethod
-    async def register(self, subscriptions: Iterable[Subscription]) -> dict[str, int]:
-        """Make the lanes of each subscription that has none, from now, in a committed transaction of its own.
+    async def register(self, subscriptions: Iterable[Subscription], *, adopt: bool = False) -> dict[str, int]:
+        """Make the lanes of each subscription that has none, where it starts, in a committed transaction of its own.
 
-        Returns how many lanes each of them has.
+        One that was defined otherwise before is redefined, and its workers are fenced off: two builds never serve one
+        name with two definitions. A definition that was replaced since is known as the older one, and left alone unless
+        told to `adopt` it. Returns how many lanes each of them has. Raises `SubscriptionConflictError`.
         """
+        wanted = sorted(subscriptions, key=lambda subscription: subscription.name)
+        with self.reaching():
+            known = await self._known([subscription.name for subscription in wanted])
+            changed = [s for s in wanted if s.name not in known or known[s.name].definition != s.definition]
+            if changed:
+                async with self.writing() as connection:
+                    await self.exclusively(connection, "registering")
+                    if any(subscription.start != "now" for subscription in changed):
+                        await self.exclusively(connection, "retention")  # what is to be read may not go meanwhile
+                    for subscription in changed:
+                        await self._register(connection, subscription, adopt)
+                known = await self._known([subscription.name for subscription in wanted])
+        return {name: row.lanes for name, row in known.items()}
+
+    async def _known(self, names: Sequence[str]) -> dict[str, Any]:
+        async with self.reading() as connection:
+            rows = await connection.execute(
+                select(subscription_table.c.name, subscription_table.c.lanes, subscription_table.c.definition).where(
+                    subscription_table.c.name.in_(names)
+                )
+            )
+            return {row.name: row for row in rows}
+
+    async def _register(self, connection: AsyncConnection, subscription: Subscription, adopt: bool) -> None:
+        name, definition = subscription.name, subscription.definition
+        found = await connection.execute(
+            select(subscription_table).where(subscription_table.c.name == name).with_for_update()
+        )
+        row = found.first()
+        if row is None:
+            place = await self.place_of(connection, subscription.start)
+            await connection.execute(
+                insert(subscription_table).values(
+                    name=name,
+                    lanes=subscription.lanes,
+                    ordered_by=subscription.ordered_by,
+                    definition=definition,
+                    revision=1,
+                    paused=False,
+                    created_at=self.now,
+                )
+            )
+            await self.lay(connection, [LaneKey(name, 0, lane) for lane in range(subscription.lanes)], place, 0)
+            await self._note_definition(connection, name, definition, 1)
+            return
+        if row.definition == definition:
+            return
+        if row.ordered_by != subscription.ordered_by:
+            raise SubscriptionConflictError(
+                f"{name} is ordered by {row.ordered_by or 'nothing'} in {self.shown_url}, and by "
+                f"{subscription.ordered_by or 'nothing'} here. That can't change, since it says in which lane an event "
+                "waits: give the new one a name of its own (name=…, start=…), and retire the old one with "
+                f"`whereupon handlers retire {name}`"
+            )
+        superseded = await connection.scalar(
+            select(definition_table.c.revision).where(
+                definition_table.c.subscription == name, definition_table.c.definition == definition
+            )
+        )
+        if superseded is not None and not adopt:
+            return
+        await connection.execute(
+            update(subscription_table)
+            .where(subscription_table.c.name == name)
+            .values(definition=definition, revision=row.revision + 1)
+        )
+        await self._note_definition(connection, name, definition, row.revision + 1)
+        await connection.execute(
+            update(cursor_table)
+            .where(cursor_table.c.subscription == name)
+            .values(owner=None, token=cursor_table.c.token + 1)
+        )
+
+    async def _note_definition(self, connection: AsyncConnection, name: str, definition: str, revision: int) -> None:
+        await connection.execute(
+            self.upsert(definition_table)
+            .values(subscription=name, definition=definition, revision=revision)
+            .on_conflict_do_update(index_elements=["subscription", "definition"], set_={"revision": revision})
+        )
+
+    async def place_of(self, connection: AsyncConnection, start: Start) -> Any:
+        """Where a subscription that starts now, at the beginning or at a time is to read from."""
+        if start == "now":
+            return await self.end(connection)
+        if start == "beginning":
+            return await self.before(connection, None)
+        first = await connection.scalar(select(func.min(log.c.position)).where(log.c.recorded_at >= start))
+        return await self.end(connection) if first is None else await self.before(connection, first)
+
+    @abc.abstractmethod
+    async def before(self, connection: AsyncConnection, position: int | None) -> Any:
+        """The place just before the event at a position, or before all there are (None)."""
+
+    @property
+    @abc.abstractmethod
+    def finished(self) -> Any:
+        """The place that has everything behind it, for ever: of a replay that is over."""
+
+    @abc.abstractmethod
+    def reaches(self, place: Any, last: int) -> bool:
+        """Whether a replay that has come there has passed the position that is its last."""
 
     @abc.abstractmethod
     def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
@@ -465,6 +576,10 @@ class Store(abc.ABC):
                     alive.label("alive"),
                     process.c.in_flight,
                     subscription_table.c.paused,
+                    subscription_table.c.definition,
+                    subscription_table.c.created_at,
+                    cursor_table.c.last,
+                    cursor_table.c.rate,
                 )
                 .select_from(
                     cursor_table.join(
@@ -481,11 +596,14 @@ class Store(abc.ABC):
             )
             return Layout(
                 [
-                    LaneState(LaneKey(*row[:3]), row.token, row.owner, bool(row.alive), row.in_flight, bool(row.paused))
+                    LaneState(
+                        LaneKey(*row[:3]), row.token, row.owner, bool(row.alive), row.in_flight, bool(row.paused),
+                        row.definition, row.created_at, row.last, row.rate,
+                    )
                     for row in lanes
                 ],
                 [(row.id, msgspec.json.decode(row.serves, type=list[str])) for row in workers],
-            )
+            )  # fmt: skip
 
     @abc.abstractmethod
     async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:

@@ -7,13 +7,15 @@ import dataclasses
 import enum
 import functools
 import inspect
+import json
 import random
 import sys
 import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Final, TypeAlias, TypeVar
+from datetime import datetime
+from typing import Any, Concatenate, Final, Literal, TypeAlias, TypeVar
 
 from whereupon.context import EventContext
 from whereupon.errors import DuplicateSubscriptionError, SubscriptionError
@@ -24,6 +26,8 @@ Handler: TypeAlias = Callable[Concatenate[E, ...], Coroutine[Any, Any, None]]
 
 DEFAULT_TIMEOUT: Final = 30.0
 DEFAULT_LANES: Final = 4
+
+Start: TypeAlias = Literal["now", "beginning"] | datetime
 
 
 class Delivery(enum.StrEnum):
@@ -100,6 +104,10 @@ class Subscription:
     """How many deliveries may share one transaction."""
     rate: float | None = None
     """Deliveries a second, by all workers together, or None."""
+    start: Start = "now"
+    """Where in the log it begins when it is first registered: now, at the beginning, or at a time."""
+    backfill_rate: float | None = None
+    """As `rate`, for events that were published before it was registered."""
     recorder: Any = field(default=None, repr=False)
     """An object that writes with the log instead of being called (see `Recorder`)."""
 
@@ -118,6 +126,12 @@ class Subscription:
     def owner(self) -> str:
         """What an error about the subscription calls it: the handler's class, if it has one."""
         return self.name.split(".")[0]
+
+    @property
+    def definition(self) -> str:
+        """What two builds must agree on to serve it at once: which events, in which order, how."""
+        names = ["*"] if DomainEvent in self.event_types else sorted(cls.__event__.name for cls in self.event_types)
+        return json.dumps({"types": names, "ordered_by": self.ordered_by, "delivery": self.delivery.value})
 
 
 class Subscriptions:
@@ -171,6 +185,8 @@ class Subscriptions:
         lanes: int = DEFAULT_LANES,
         batch: int = 1,
         rate: float | None = None,
+        start: Start = "now",
+        backfill_rate: float | None = None,
         **unknown: object,
     ) -> Subscription:
         """Check everything that can be checked of a subscription, and keep it. Raises `SubscriptionError`."""
@@ -189,7 +205,8 @@ class Subscriptions:
         if unknown:
             raise SubscriptionError(
                 f"{name} is subscribed with {', '.join(unknown)}, and there is no such option: "
-                "use name, delivery, retry, timeout, concurrency, required, ordered_by, lanes, batch or rate"
+                "use name, delivery, retry, timeout, concurrency, required, ordered_by, lanes, batch, rate, start or "
+                "backfill_rate"
             )
         context_parameter, session_parameter = _inspect(handler, name, event_type)
         recorder = _recorder_of(handler)
@@ -197,6 +214,7 @@ class Subscriptions:
         retry = Retry() if retry is None else retry
         _check_options(name, delivery, retry, timeout, concurrency, required, session_parameter)
         _check_sharing(name, delivery, ordered_by, lanes, batch, rate)
+        _check_start(name, delivery, start, backfill_rate)
         if ordered_by is not None:
             _check_order(name, event_type, ordered_by)
         made = Subscription(
@@ -215,6 +233,8 @@ class Subscriptions:
             lanes=lanes,
             batch=batch,
             rate=rate,
+            start=start,
+            backfill_rate=backfill_rate,
             recorder=recorder if delivery is Delivery.IN_TRANSACTION else None,
         )
         known = self._by_name.get(name)
@@ -261,6 +281,8 @@ def _same(known: Subscription, made: Subscription) -> bool:
             "lanes",
             "batch",
             "rate",
+            "start",
+            "backfill_rate",
         )
     )
 
@@ -338,6 +360,28 @@ def _check_sharing(name: str, delivery: Delivery, ordered_by: Any, lanes: Any, b
     if delivery in (Delivery.IN_TRANSACTION, Delivery.AFTER_COMMIT) and (ordered_by is not None or rate is not None):
         raise SubscriptionError(
             f"{name} runs {delivery}, where it can't wait: ordered_by and rate are for DURABLE and TRANSACTIONAL"
+        )
+
+
+def _check_start(name: str, delivery: Delivery, start: Any, backfill_rate: Any) -> None:
+    if isinstance(start, datetime):
+        if start.tzinfo is None:
+            raise SubscriptionError(f"{name} has start={start!r}, in no time zone: write datetime(…, tzinfo=UTC)")
+    elif start not in ("now", "beginning"):
+        raise SubscriptionError(f'{name} has start={start!r}: it is "now", "beginning" or a datetime with a time zone')
+    if start != "now" and delivery in (Delivery.IN_TRANSACTION, Delivery.AFTER_COMMIT):
+        raise SubscriptionError(
+            f"{name} runs {delivery}, so it can't hear of what was published before it: start is for DURABLE and "
+            "TRANSACTIONAL"
+        )
+    if backfill_rate is not None and not (type(backfill_rate) in (int, float) and 0 < backfill_rate < float("inf")):
+        raise SubscriptionError(
+            f"{name} has backfill_rate={backfill_rate!r}: it is deliveries a second, more than 0, or None"
+        )
+    if backfill_rate is not None and start == "now":
+        raise SubscriptionError(
+            f'{name} has a backfill_rate, but starts now, so there is nothing to catch up on: say start="beginning" or '
+            "drop it"
         )
 
 

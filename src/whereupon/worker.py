@@ -76,6 +76,10 @@ class Worker:
         self.shares = {subscription.name: Share(subscription) for subscription in subscriptions}
         for name, share in self.shares.items():
             share.count = lanes[name]
+        self.replays: dict[tuple[str, int], Share] = {}
+        """What the lanes of a replay share, by subscription and generation."""
+        self._superseded: set[str] = set()
+        """Subscriptions that a newer build has defined otherwise."""
         self.codec = codec
         self.class_of = class_of
         self.logger = logger
@@ -212,7 +216,7 @@ class Worker:
             not self._ready
             and not self._careful
             and self._careful_one is None
-            and all(lane.quiet and lane.attached for lane in self.lanes.values())
+            and all(lane.quiet and lane.caught_up for lane in self.lanes.values())
         )
 
     async def stop(self, timeout: float) -> None:
@@ -333,9 +337,13 @@ class Worker:
         for gone in [lane for key, lane in self.lanes.items() if key not in known]:
             self.lose(gone)  # its subscription was retired
         wanted: list[LaneState] = []
-        for name in self.shares:
-            lanes = [lane for lane in layout.lanes if lane.key.subscription == name]
-            serving = [worker for worker, serves in layout.workers if name in serves or worker == self.id]
+        groups: dict[tuple[str, int], list[LaneState]] = {}
+        for state in layout.lanes:
+            groups.setdefault((state.key.subscription, state.key.generation), []).append(state)
+        for (name, generation), lanes in groups.items():
+            share = self._share_of(lanes[0].key, lanes[0].rate)
+            # an operator changes their number while nobody holds one; none of the new ones has a token seen before
+            share.count, share.registered_at = len(lanes), lanes[0].registered_at
             held = []
             for state in lanes:
                 lane = self.lanes.get(state.key)
@@ -347,9 +355,10 @@ class Worker:
                     self._release(lane)
                 else:
                     held.append(lane)
-            # an operator changes their number while nobody holds one; none of the new ones has a token seen before
-            self.shares[name].count = sum(state.key.generation == 0 for state in lanes) or self.shares[name].count
-            ours = _fair_share(name, len(lanes), serving, self.id)
+            if not self._is_current(share, lanes[0]):
+                continue
+            serving = [worker for worker, serves in layout.workers if name in serves or worker == self.id]
+            ours = _fair_share(f"{name}{generation or ''}", len(lanes), serving, self.id)
             for lane in held[ours:]:
                 self._release(lane)
             missing = ours - len(held)
@@ -363,16 +372,49 @@ class Worker:
         if wanted:
             await self._claim(wanted)
 
+    def _share_of(self, key: LaneKey, rate: float | None = None) -> Share:
+        live = self.shares[key.subscription]
+        if not key.generation:
+            return live
+        share = self.replays.get((key.subscription, key.generation))
+        if share is None:
+            share = self.replays[key.subscription, key.generation] = Share(live.subscription, rate)
+        return share
+
+    def _is_current(self, share: Share, state: LaneState) -> bool:
+        """Whether no newer build has defined the subscription otherwise; else its lanes are left to that."""
+        name = state.key.subscription
+        if state.definition == share.definition:
+            self._superseded.discard(name)
+            return True
+        if name not in self._superseded:
+            self._superseded.add(name)
+            self.log(
+                "error",
+                "subscription_superseded",
+                subscription=name,
+                worker=str(self.id),
+                error_message=f"another build serves it as {state.definition}, this one knows it as "
+                f"{share.definition}: its events wait for a worker of that build. If this is the build to go on with, "
+                f"run `whereupon handlers adopt`",
+            )
+        return False
+
     async def _claim(self, wanted: Sequence[LaneState]) -> None:
         seen = {lane.key: lane for lane in wanted}
         for cursor in await self.store.claim(wanted, self.id):
             before = seen[cursor.key]
             died = before.owner not in (None, self.id)
-            self._take(cursor, (before.in_flight or self.in_flight) if died else 0)
+            self._take(cursor, (before.in_flight or self.in_flight) if died else 0, before.last)
 
-    def _take(self, cursor: Cursor, careful: int) -> None:
-        share = self.shares[cursor.subscription]
+    def _take(self, cursor: Cursor, careful: int, last: int | None) -> None:
+        share = self._share_of(cursor.key)
         lane = self.lanes[cursor.key] = share.lanes[cursor.key.lane] = Lane(self, share, cursor, careful)
+        if last is not None:
+            lane.last, lane.gathering = last, False
+            lane.start_reading()
+            self.pump()
+            return
         if self.place is None or not any(other.attached for other in self.lanes.values()):
             self.place = cursor.place if self.place is None else max_place(self.store, self.place, cursor.place)
             self._recent.clear()
@@ -551,7 +593,7 @@ class Worker:
 
     def _offer_mine(self, lane: Lane, logged: Iterable[Logged]) -> None:
         for one in logged:
-            if lane.share in self._hearing(one.row.type):
+            if self.shares[lane.name] in self._hearing(one.row.type):
                 found = self._lane_for(lane.share, one)
                 if found is not None and found[0] is lane:
                     lane.offer(one, found[1])
@@ -562,7 +604,7 @@ class Worker:
 
     async def catch_up(self, lane: Lane) -> None:
         """Read for one lane until it stands where the others do."""
-        types = _types([lane.share])
+        types = self._types_of(lane)
         failures = 0
         while self._goes_on(lane):
             if self._attach(lane):
@@ -582,9 +624,7 @@ class Worker:
                 if self._attach(lane):
                     return
             try:
-                page = await self.store.read(
-                    lane.read_place, None if types is None else sorted(types), PAGE, toward=toward
-                )
+                page = await self.store.read(lane.read_place, types, PAGE, toward=toward)
             except self.store.errors as error:
                 failures += 1
                 await self.pause_after(error, failures)
@@ -595,6 +635,34 @@ class Worker:
             self._offer_mine(lane, [Logged(row, page.window) for row in page.rows])
             lane.read_to(page.after)
             lane.gathering = False
+
+    async def replay(self, lane: Lane) -> None:
+        """Read for a lane of a replay up to its last event."""
+        assert lane.last is not None
+        failures = 0
+        while self._goes_on(lane) and lane.read_place != self.store.finished:
+            if len(lane.order) >= FULL:
+                lane.room.clear()
+                await lane.room.wait()
+                continue
+            try:
+                page = await self.store.read(lane.read_place, self._types_of(lane), PAGE)
+            except self.store.errors as error:
+                failures += 1
+                await self.pause_after(error, failures)
+                continue
+            failures = 0
+            if not self._goes_on(lane):
+                return
+            self._offer_mine(lane, [Logged(row, page.window) for row in page.rows if row.position <= lane.last])
+            over = self.store.reaches(page.after, lane.last)
+            lane.read_to(self.store.finished if over else page.after)
+        self.settled.set()
+
+    @staticmethod
+    def _types_of(lane: Lane) -> list[str] | None:
+        types = _types([lane.share])
+        return None if types is None else sorted(types)
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -627,7 +695,7 @@ class Worker:
         begun = True
         while begun and left > 0 and self.free > 0 and not self._careful:
             begun = False
-            for share in self.shares.values():
+            for share in (*self.shares.values(), *self.replays.values()):
                 if share.queue:
                     number = share.begin_some(self, min(16, left))
                     left -= number

@@ -100,8 +100,18 @@ CREATE TABLE whereupon_subscription (
     name text PRIMARY KEY,
     lanes smallint NOT NULL,
     ordered_by text,
+    definition text NOT NULL,
+    revision integer NOT NULL DEFAULT 1,
     paused boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE TABLE whereupon_definition (
+    subscription text NOT NULL,
+    definition text NOT NULL,
+    revision integer NOT NULL,
+    first_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (subscription, definition)
 );
 
 CREATE TABLE whereupon_cursor (
@@ -112,6 +122,8 @@ CREATE TABLE whereupon_cursor (
     target pg_snapshot,
     page bigint NOT NULL DEFAULT 0,
     done bigint[] NOT NULL DEFAULT '{}',
+    last bigint,
+    rate double precision,
     owner uuid,
     token bigint NOT NULL DEFAULT 0,
     PRIMARY KEY (subscription, generation, lane)
@@ -255,8 +267,18 @@ CREATE TABLE whereupon_subscription (
     name TEXT PRIMARY KEY,
     lanes SMALLINT NOT NULL,
     ordered_by TEXT,
+    definition TEXT NOT NULL,
+    revision INTEGER NOT NULL DEFAULT 1,
     paused BOOLEAN NOT NULL DEFAULT 0,
     created_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now'))
+);
+
+CREATE TABLE whereupon_definition (
+    subscription TEXT NOT NULL,
+    definition TEXT NOT NULL,
+    revision INTEGER NOT NULL,
+    first_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    PRIMARY KEY (subscription, definition)
 );
 
 CREATE TABLE whereupon_cursor (
@@ -265,6 +287,8 @@ CREATE TABLE whereupon_cursor (
     lane SMALLINT NOT NULL,
     page INTEGER NOT NULL,
     done TEXT NOT NULL DEFAULT '[]',
+    last INTEGER,
+    rate REAL,
     owner CHAR(32),
     token INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (subscription, generation, lane)
@@ -390,7 +414,18 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("audit", "action", "history", "exception", "cursor", "subscription", "process", "log", "meta"):
+    for table in (
+        "audit",
+        "action",
+        "history",
+        "exception",
+        "cursor",
+        "definition",
+        "subscription",
+        "process",
+        "log",
+        "meta",
+    ):
         op.drop_table(f"whereupon_{table}")
     if op.get_context().dialect.name == "postgresql":
         op.drop_table("whereupon_cluster")
