@@ -17,6 +17,8 @@ UV_INSTALLED := $(VENV)/.uv-$(UV_VERSION)-$(PYTHON_VERSION)
 INSTALLED := $(VENV)/.installed-$(PYTHON_VERSION)
 BENCH_VENV := $(VENV)-bench
 BENCH_INSTALLED := $(BENCH_VENV)/.installed-$(PYTHON_VERSION)
+BENCH_DURABLE_VENV := $(VENV)-bench-durable
+BENCH_DURABLE_INSTALLED := $(BENCH_DURABLE_VENV)/.installed-$(PYTHON_VERSION)
 
 # $(call make-venv,FOLDER): a virtual environment of $(PYTHON), emptied first if it belongs to another version.
 define make-venv
@@ -33,7 +35,7 @@ endef
 
 .PHONY: help
 help: ## what can be made (this list)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 names another Python (3.11 or newer; default: python3)."
 
@@ -105,6 +107,17 @@ $(BENCH_INSTALLED): bench/requirements.txt pyproject.toml $(INSTALLED)
 	@$(UV) pip install --quiet --python $(BENCH_VENV)/bin/python -e . -r bench/requirements.txt
 	@touch $@
 
+.PHONY: bench-durable
+bench-durable: $(BENCH_DURABLE_INSTALLED) ## durable delivery, against other packages; needs PostgreSQL on 127.0.0.1
+	@$(BENCH_DURABLE_VENV)/bin/python bench/durable.py $(ARGS)
+
+$(BENCH_DURABLE_INSTALLED): bench/requirements-durable.txt pyproject.toml $(INSTALLED)
+	$(call make-venv,$(BENCH_DURABLE_VENV))
+	@echo "Python $(PYTHON_VERSION): installing into $(BENCH_DURABLE_VENV)"
+	@$(UV) pip install --quiet --python $(BENCH_DURABLE_VENV)/bin/python -e '.[sqlite,postgres]' \
+		-r bench/requirements-durable.txt
+	@touch $@
+
 # --universal: one file for every Python and platform; nothing in it but names, versions and markers.
 .PHONY: lock
 lock: $(UV_INSTALLED) ## constraints.txt anew, with the latest versions that fit together
@@ -114,6 +127,6 @@ lock: $(UV_INSTALLED) ## constraints.txt anew, with the latest versions that fit
 
 .PHONY: clean
 clean: ## what was installed, built and cached
-	@rm -rf $(VENV) $(BENCH_VENV) dist build dashtam/dist .demo .mypy_cache .ruff_cache .pytest_cache \
+	@rm -rf $(VENV) $(BENCH_VENV) $(BENCH_DURABLE_VENV) dist build dashtam/dist .demo .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis .import_linter_cache .coverage
 	@find src dashtam tests typing_tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

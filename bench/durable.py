@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -42,7 +43,7 @@ BURN = 200e-6
 BEST = ("txoutbox", "pgqueuer", "faststream-outbox")
 """The peers that the dearer measurements are made beside."""
 
-# --- the board: counts that outlive a process ---------------------------------------------------------------------------
+# --- the board: counts that outlive a process -------------------------------------------------------------------------
 
 _HEADER = 512
 
@@ -118,7 +119,7 @@ class Board:
         return [Body(make(place), wait) for place in range(self.handlers)]
 
 
-# --- what runs in a process of its own ----------------------------------------------------------------------------------
+# --- what runs in a process of its own --------------------------------------------------------------------------------
 
 
 def _tell(**told: Any) -> None:
@@ -341,12 +342,14 @@ class Child:
 
     @classmethod
     async def start(cls, folder: Path, **job: Any) -> Child:
-        errors = Path(tempfile.mkstemp(dir=folder, suffix=".err")[1])
-        with errors.open("w") as file:
+        descriptor, errors = tempfile.mkstemp(dir=folder, suffix=".err")
+        try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, __file__, "--child", json.dumps(job), stdin=PIPE, stdout=PIPE, stderr=file
+                sys.executable, __file__, "--child", json.dumps(job), stdin=PIPE, stdout=PIPE, stderr=descriptor
             )
-        return cls(process, errors, f"{job['way']} {job['role']}")
+        finally:
+            os.close(descriptor)
+        return cls(process, Path(errors), f"{job['way']} {job['role']}")
 
     async def line(self, limit: float = 60.0) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -402,7 +405,7 @@ class Child:
             await self.kill()
 
 
-# --- the bench ----------------------------------------------------------------------------------------------------------
+# --- the bench --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -540,6 +543,14 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def unforeseen(error: Exception) -> None:
+    """A part that can't be measured costs its own table and no other."""
+    if not isinstance(error, Failed):
+        traceback.print_exception(error)
+    progress(f"  {error}")
+    say(f"failed: {type(error).__name__}: {error}\n")
+
+
 def missing(way: type[Way]) -> str | None:
     """Why a way can't be measured here."""
     if way.package is None:
@@ -600,7 +611,7 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
-# --- 1. drain -----------------------------------------------------------------------------------------------------------
+# --- 1. drain ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -737,7 +748,8 @@ async def _transactional(bench: Bench) -> None:
     for kind in ("postgresql", "sqlite"):
         progress(f"drain: transactional, {kind}")
         entries = [
-            Entry("whereupon", f"whereupon TRANSACTIONAL, batch={batch}", {"transactional": batch}) for batch in (1, 100)
+            Entry("whereupon", f"whereupon TRANSACTIONAL, batch={batch}", {"transactional": batch})
+            for batch in (1, 100)
         ]
 
         async def measure(entry: Entry, kind: str = kind) -> Drained:
@@ -764,7 +776,7 @@ async def _transactional(bench: Bench) -> None:
         say(table([f"{title}, one INSERT each", "deliveries/s", "× batch=1"], rows) + "\n")
 
 
-# --- 2. publish ---------------------------------------------------------------------------------------------------------
+# --- 2. publish -------------------------------------------------------------------------------------------------------
 
 
 async def publish(bench: Bench) -> None:
@@ -835,7 +847,7 @@ async def publish(bench: Bench) -> None:
         bench.bars.append(durable_picture.Group(f"Publish, {plural}: µs added to a transaction", bars, better="less"))
 
 
-# --- 3. workers ---------------------------------------------------------------------------------------------------------
+# --- 3. workers -------------------------------------------------------------------------------------------------------
 
 
 async def workers(bench: Bench) -> None:
@@ -879,14 +891,14 @@ async def workers(bench: Bench) -> None:
 async def _until_called(board: Board, total: int, since: int, label: str, limit: float = 120) -> float:
     """Seconds since then, once so many calls are counted."""
     deadline = time.monotonic() + limit
-    while board.called < total:  # noqa: ASYNC110 - other processes write it
+    while board.called < total:
         if time.monotonic() > deadline:
             raise Failed(f"{label}: {board.called:,} of {total:,} in {limit:g} s")
         await asyncio.sleep(0.001)
     return (time.monotonic_ns() - since) / 1e9
 
 
-# --- 4. latency ---------------------------------------------------------------------------------------------------------
+# --- 4. latency -------------------------------------------------------------------------------------------------------
 
 
 async def latency(bench: Bench) -> None:
@@ -910,8 +922,6 @@ async def latency(bench: Bench) -> None:
 
     for entry in bench.entries(POSTGRESQL):
         for across in (False, True):
-            if across and not POSTGRESQL[entry.way].crosses:
-                continue
             where = "across processes" if across else "in the publisher's process"
             label = f"{entry.label}, {where}"
             progress(f"latency: {label}")
@@ -945,7 +955,7 @@ async def latency(bench: Bench) -> None:
     bench.bars.append(durable_picture.Group("Latency, commit → handler: ms, median", bars, better="less"))
 
 
-# --- 5. kills -----------------------------------------------------------------------------------------------------------
+# --- 5. kills ---------------------------------------------------------------------------------------------------------
 
 
 async def kills(bench: Bench) -> None:
@@ -953,13 +963,12 @@ async def kills(bench: Bench) -> None:
     events, number = 3000, 5
     lease = 2.0
     entries = [
-        Entry(entry.way, entry.label, entry.options | {"lease": lease})
+        # a hundred at a time for everybody: what is claimed and called, but not acknowledged, comes again
+        Entry(entry.way, entry.label, entry.options | {"lease": lease, "batch": 100})
         for entry in bench.entries(POSTGRESQL)
-        if POSTGRESQL[entry.way].crosses and (POSTGRESQL[entry.way].most or events) >= events
+        if (POSTGRESQL[entry.way].most or events) >= events
     ]
-    entries.append(
-        Entry("whereupon", "whereupon TRANSACTIONAL, rows written", {"lease": lease, "transactional": 1})
-    )
+    entries.append(Entry("whereupon", "whereupon TRANSACTIONAL, rows written", {"lease": lease, "transactional": 1}))
     rows, bars = [], []
 
     async def measure(entry: Entry) -> tuple[int, int, int, int]:
@@ -982,7 +991,9 @@ async def kills(bench: Bench) -> None:
             lost = counts.count(0)
             doubled, rowless = 0, 0
             if "transactional" in entry.options:
-                written, distinct = (await bench.execute(url, "SELECT count(*), count(DISTINCT number) FROM app_effect"))[0]
+                written, distinct = (
+                    await bench.execute(url, "SELECT count(*), count(DISTINCT number) FROM app_effect")
+                )[0]
                 doubled, rowless = written - distinct, events - distinct
             return sum(counts) - (events - lost), lost, doubled, rowless
 
@@ -1005,7 +1016,7 @@ async def kills(bench: Bench) -> None:
     bench.bars.append(durable_picture.Group("Five SIGKILLs: effects repeated", bars, better="less"))
 
 
-# --- 6. growth ----------------------------------------------------------------------------------------------------------
+# --- 6. growth --------------------------------------------------------------------------------------------------------
 
 
 async def growth(bench: Bench) -> None:
@@ -1013,9 +1024,8 @@ async def growth(bench: Bench) -> None:
     for part in (_grown_log, _held_snapshot, _dead_tuples, _memory_table):
         try:
             await part(bench)
-        except Failed as error:
-            progress(f"  {error}")
-            say(f"failed: {error}\n")
+        except Exception as error:
+            unforeseen(error)
 
 
 async def _grown_log(bench: Bench) -> None:
@@ -1059,7 +1069,7 @@ async def _multiply_log(bench: Bench, url: str, size: int) -> None:
         await bench.execute(
             url,
             f"INSERT INTO whereupon_log ({', '.join(columns)}) SELECT {values} FROM "
-            f"(SELECT * FROM whereupon_log ORDER BY position LIMIT {some}) AS some",
+            f"(SELECT * FROM whereupon_log ORDER BY position LIMIT {some}) AS copied",
         )
         have += some
         progress(f"  {have:,} rows")
@@ -1072,7 +1082,8 @@ async def _held_snapshot(bench: Bench) -> None:
     events = 40_000 if bench.quick else 400_000
     bursts = 10
     rows = []
-    for entry in (Entry("whereupon", "whereupon"), Entry(durable_ways.RowPerDelivery.name, "a row per delivery (sketch)")):
+    sketch = durable_ways.RowPerDelivery.name
+    for entry in (Entry("whereupon", "whereupon"), Entry(sketch, sketch)):
         progress(f"growth: a snapshot held, {entry.label}")
         async with bench.database() as url, bench.board(events) as board, contextlib.AsyncExitStack() as stack:
             await bench.store(url, entry, 0, 1)
@@ -1111,10 +1122,13 @@ async def _dead_tuples(bench: Bench) -> None:
         async with bench.database() as url:
             await bench.store(url, entry, some, handlers)
             tables = await bench.execute(
-                url, "SELECT format('%I.%I', schemaname, relname) FROM pg_stat_user_tables WHERE relname NOT LIKE 'app%'"
+                url,
+                "SELECT format('%I.%I', schemaname, relname) FROM pg_stat_user_tables WHERE relname NOT LIKE 'app%'",
             )
             for (name,) in tables:  # else autovacuum hides what a drain leaves
-                kind = (await bench.execute(url, f"SELECT relkind::text FROM pg_class WHERE oid = '{name}'::regclass"))[0][0]
+                kind = (await bench.execute(url, f"SELECT relkind::text FROM pg_class WHERE oid = '{name}'::regclass"))[
+                    0
+                ][0]
                 if kind == "r":
                     await bench.execute(url, f"ALTER TABLE {name} SET (autovacuum_enabled = false)")
             before = await _dead(bench, url)
@@ -1150,15 +1164,13 @@ async def _memory_table(bench: Bench) -> None:
     say(table(["resident memory of a worker, MiB", "at start", "after a tenth", "most after that"], rows) + "\n")
 
 
-# --- 7. idle ------------------------------------------------------------------------------------------------------------
+# --- 7. idle ----------------------------------------------------------------------------------------------------------
 
 
 async def idle(bench: Bench) -> None:
     say("## An idle worker, over 10 seconds\n")
     rows = []
     for entry in bench.entries(POSTGRESQL):
-        if not POSTGRESQL[entry.way].crosses:
-            continue
         progress(f"idle: {entry.label}")
         try:
             rows.append(await _idle(bench, entry))
@@ -1190,7 +1202,7 @@ async def _idle(bench: Bench, entry: Entry) -> list[str]:
     return [entry.label, f"{sum(statements.values()):,}" if ours else "–", f"{transactions:,}", f"{cpu * 10:.2f}"]
 
 
-# --- all of it ----------------------------------------------------------------------------------------------------------
+# --- all of it --------------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "drain": drain,
@@ -1214,7 +1226,7 @@ def machine() -> str:
     return f"{python}, {platform.system()}, {model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
-async def report(bench: Bench, sections: Sequence[str], picture: str | None) -> None:
+async def report(bench: Bench, sections: Sequence[str]) -> None:
     rows = await bench.server(
         "SELECT current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit')"
     )
@@ -1224,7 +1236,9 @@ async def report(bench: Bench, sections: Sequence[str], picture: str | None) -> 
     import sqlite3
 
     say(machine() + "  ")
-    say(f"PostgreSQL {number.split()[0]}, fsync {fsync}, synchronous_commit {synchronous}; ", )
+    say(
+        f"PostgreSQL {number.split()[0]}, fsync {fsync}, synchronous_commit {synchronous}; ",
+    )
     say(f"SQLite {sqlite3.sqlite_version}; whereupon {version('whereupon')}; {bench.rounds} rounds\n")
     left_out = [
         f"- {name} is left out: {reason}."
@@ -1236,8 +1250,8 @@ async def report(bench: Bench, sections: Sequence[str], picture: str | None) -> 
             began = time.monotonic()
             try:
                 await SECTIONS[name](bench)
-            except Failed as error:
-                say(f"failed: {error}\n")
+            except Exception as error:
+                unforeseen(error)
             progress(f"{name}: {time.monotonic() - began:.0f} s")
     finally:
         for name in list(bench.databases):
@@ -1247,9 +1261,6 @@ async def report(bench: Bench, sections: Sequence[str], picture: str | None) -> 
     ]
     if notes:
         say("\n".join(notes))
-    if picture:
-        Path(picture).write_text(durable_picture.draw(bench.bars))
-        progress(f"drawn: {picture}")
 
 
 def main() -> None:
@@ -1286,7 +1297,10 @@ def main() -> None:
         folder,
     )
     try:
-        asyncio.run(report(bench, sections, arguments.picture))
+        asyncio.run(report(bench, sections))
+        if arguments.picture:
+            Path(arguments.picture).write_text(durable_picture.draw(bench.bars))
+            progress(f"drawn: {arguments.picture}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -44,19 +44,23 @@ def draw(groups: Sequence[Group]) -> str:
             continue
         most = max(value for _, value in group.bars) or 1.0
         parts.append(f'<text class="title" x="8" y="{top + 20}">{escape(group.title)}</text>')
-        parts.append(f'<text class="note" x="{WIDTH - 8}" y="{top + 20}" text-anchor="end">{group.better} is better</text>')
+        parts.append(
+            f'<text class="note" x="{WIDTH - 8}" y="{top + 20}" text-anchor="end">{group.better} is better</text>'
+        )
         top += HEAD - 8
         for label, value in group.bars:
             length = max(1.0, (WIDTH - LABELS - 90) * max(0.0, value) / most)
             kind = "bar ours" if label.startswith("whereupon") else "bar"
             parts.append(f'<text x="{LABELS - 8}" y="{top + 15}" text-anchor="end">{escape(label)}</text>')
-            parts.append(f'<rect class="{kind}" x="{LABELS}" y="{top + 3}" width="{length:.1f}" height="{ROW - 6}" rx="2"/>')
+            parts.append(
+                f'<rect class="{kind}" x="{LABELS}" y="{top + 3}" width="{length:.1f}" height="{ROW - 6}" rx="2"/>'
+            )
             parts.append(f'<text class="note" x="{LABELS + length + 6:.1f}" y="{top + 15}">{_figure(value)}</text>')
             top += ROW
         top += 14
     title = "; ".join(group.title for group in groups)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" height="{top}" role="img">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" role="img">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
     )
 
