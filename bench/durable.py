@@ -530,10 +530,9 @@ class Bench:
                 began = time.monotonic()
                 try:
                     found[entry.label].append(await measure(entry))
-                except Failed as error:
+                except Exception as error:
                     failed.add(entry.label)
-                    found[entry.label] = [error]
-                    progress(f"  {error}")
+                    found[entry.label] = [as_failure(error)]
                 else:
                     progress(f"  round {number + 1}: {entry.label} ({time.monotonic() - began:.1f} s)")
         return found
@@ -543,12 +542,13 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def unforeseen(error: Exception) -> None:
-    """A part that can't be measured costs its own table and no other."""
-    if not isinstance(error, Failed):
-        traceback.print_exception(error)
-    progress(f"  {error}")
-    say(f"failed: {type(error).__name__}: {error}\n")
+def as_failure(error: Exception) -> Failed:
+    """What is shown of an error instead of figures; what can't be measured costs its own line and no other."""
+    if isinstance(error, Failed):
+        progress(f"  {error}")
+        return error
+    traceback.print_exception(error)
+    return Failed(f"{type(error).__name__}: {error}")
 
 
 def missing(way: type[Way]) -> str | None:
@@ -732,8 +732,8 @@ async def _limits(bench: Bench, kind: str) -> None:
         try:
             async with bench.child(role="raw", way="raw", url=url, events=bench.events) as raw:
                 found = await raw.line(120)
-        except Failed as error:
-            progress(f"  {error}")
+        except Exception as error:
+            say(f"failed: {as_failure(error)}\n")
             return
     rows = [
         ["SELECT pages of 500, decode each event", shown(found["read"])],
@@ -811,9 +811,8 @@ async def publish(bench: Bench) -> None:
                     for published in (False, True):
                         await child.ask(count=count, publish=published, clients=clients, first=0)
                     children[entry.label] = child
-                except Failed as error:
-                    failures[entry.label] = error
-                    progress(f"  {error}")
+                except Exception as error:
+                    failures[entry.label] = as_failure(error)
             seconds: dict[str, dict[bool, list[float]]] = {label: {False: [], True: []} for label in children}
             for pair in range(pairs):
                 for label in children if pair % 2 else reversed(list(children)):
@@ -852,40 +851,46 @@ async def publish(bench: Bench) -> None:
 
 async def workers(bench: Bench) -> None:
     say("## Two worker processes against one, when the handler computes 200 µs\n")
+    progress("workers")
     events = 4000 if bench.quick else 20_000
     entries = bench.entries(POSTGRESQL, BEST)
-    found: dict[int, dict[str, list[Any]]] = {}
-    for number in (1, 2):
-        progress(f"workers: {number}")
+    lines = [Entry(entry.way, f"{entry.label}, {n}", {"workers": n}) for entry in entries for n in (1, 2)]
 
-        async def measure(entry: Entry, number: int = number) -> float:
-            async with bench.database() as url, bench.board(events) as board, contextlib.AsyncExitStack() as stack:
-                await bench.store(url, entry, 0, 1)
-                job = {"way": entry.way, "url": url, "options": entry.options, "events": events, "handlers": 1}
-                for seat in range(number):
-                    worker = await stack.enter_async_context(
-                        bench.child(role="work", kind="compute", seat=seat, board=board.path, **job)
-                    )
-                    await worker.line()
-                publisher = await stack.enter_async_context(
-                    bench.child(role="publish", clients=1, board=board.path, **job)
+    async def measure(entry: Entry) -> tuple[float, list[int]]:
+        number = entry.options["workers"]
+        async with bench.database() as url, bench.board(events) as board, contextlib.AsyncExitStack() as stack:
+            await bench.store(url, entry, 0, 1)
+            job = {"way": entry.way, "url": url, "options": entry.options, "events": events, "handlers": 1}
+            for seat in range(number):
+                worker = await stack.enter_async_context(
+                    bench.child(role="work", kind="compute", seat=seat, board=board.path, **job)
                 )
-                await publisher.line()
-                await asyncio.sleep(3)  # they share out their lanes
-                committed = (await publisher.ask(store=events, first=0))["committed"]
-                return events / await _until_called(board, events, committed, entry.label)
+                await worker.line()
+            publisher = await stack.enter_async_context(bench.child(role="publish", clients=1, board=board.path, **job))
+            await publisher.line()
+            await asyncio.sleep(4)  # they share out what is theirs
+            committed = (await publisher.ask(store=events, first=0))["committed"]
+            seconds = await _until_called(board, events, committed, entry.label)
+            return events / seconds, list(board.calls[:number])
 
-        found[number] = await bench.interleaved(entries, measure)
+    found = await bench.interleaved(lines, measure)
     rows = []
     for entry in entries:
-        one, two = found[1][entry.label], found[2][entry.label]
-        if isinstance(one[0], Failed) or isinstance(two[0], Failed):
-            rows.append([entry.label, "failed", f"{one[0]} {two[0]}", ""])
+        one, two = found[f"{entry.label}, 1"], found[f"{entry.label}, 2"]
+        if failed := [result[0] for result in (one, two) if isinstance(result[0], Failed)]:
+            rows.append([entry.label, f"failed: {failed[0]}", "", "", ""])
             continue
+        alone, both = [rate for rate, _ in one], [rate for rate, _ in two]
         rows.append(
-            [entry.label, shown(statistics.median(one)), shown(statistics.median(two)), f"{ratio(two, one):.2f}"]
+            [
+                entry.label,
+                shown(statistics.median(alone)),
+                shown(statistics.median(both)),
+                f"{ratio(both, alone):.2f}",
+                " / ".join(f"{share:,}" for share in two[-1][1]),
+            ]
         )
-    say(table(["events/s", "one process", "two processes", "two / one"], rows) + "\n")
+    say(table(["events/s", "one process", "two processes", "two / one", "calls of each"], rows) + "\n")
 
 
 async def _until_called(board: Board, total: int, since: int, label: str, limit: float = 120) -> float:
@@ -946,8 +951,8 @@ async def latency(bench: Bench) -> None:
                         async with bench.child(role="here", pace=50, **job) as both:
                             await both.line(events / 50 + 90)
                     found = cells(list(board.times))
-            except Failed as error:
-                rows.append([label, f"failed: {error}", "", "", ""])
+            except Exception as error:
+                rows.append([label, f"failed: {as_failure(error)}", "", "", ""])
                 continue
             rows.append([label, *(found or ["nothing delivered", "", "", ""])])
     head = ["PostgreSQL, ms", "p50 from commit", "p99 from commit", "p50 with the commit", "p99 with the commit"]
@@ -1001,8 +1006,8 @@ async def kills(bench: Bench) -> None:
         progress(f"kills: {entry.label}")
         try:
             repeated, lost, doubled, rowless = await measure(entry)
-        except Failed as error:
-            rows.append([entry.label, f"failed: {error}", "", "", ""])
+        except Exception as error:
+            rows.append([entry.label, f"failed: {as_failure(error)}", "", "", ""])
             continue
         transactional = "transactional" in entry.options
         most = f"{number} × 100" if entry.way == "whereupon" else ""
@@ -1025,7 +1030,7 @@ async def growth(bench: Bench) -> None:
         try:
             await part(bench)
         except Exception as error:
-            unforeseen(error)
+            say(f"failed: {as_failure(error)}\n")
 
 
 async def _grown_log(bench: Bench) -> None:
@@ -1174,8 +1179,8 @@ async def idle(bench: Bench) -> None:
         progress(f"idle: {entry.label}")
         try:
             rows.append(await _idle(bench, entry))
-        except Failed as error:
-            rows.append([entry.label, f"failed: {error}", "", ""])
+        except Exception as error:
+            rows.append([entry.label, f"failed: {as_failure(error)}", "", ""])
     say(table(["PostgreSQL", "statements", "transactions", "% of a core"], rows) + "\n")
 
 
@@ -1251,7 +1256,7 @@ async def report(bench: Bench, sections: Sequence[str]) -> None:
             try:
                 await SECTIONS[name](bench)
             except Exception as error:
-                unforeseen(error)
+                say(f"failed: {as_failure(error)}\n")
             progress(f"{name}: {time.monotonic() - began:.0f} s")
     finally:
         for name in list(bench.databases):

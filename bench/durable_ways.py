@@ -679,23 +679,19 @@ class PythonCqrs(Way):
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         super().__init__(url, options)
         import cqrs
-        from pydantic import BaseModel
         from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
         self.engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"), pool_size=12)
         self.sessions = async_sessionmaker(self.engine, expire_on_commit=False)
 
-        class Number(BaseModel):
-            number: int
-
         def make(number: int, place: int) -> Any:
-            return cqrs.NotificationEvent[Number](
-                event_name="card_issued", topic=f"handler_{place}", payload=Number(number=number)
+            return cqrs.NotificationEvent[dict[str, int]](
+                event_name="card_issued", topic=f"handler_{place}", payload={"number": number}
             )
 
         self._event = make
         with contextlib.suppress(KeyError):  # a second way of this process
-            cqrs.OutboxedEventMap.register("card_issued", cqrs.NotificationEvent[Number])
+            cqrs.OutboxedEventMap.register("card_issued", cqrs.NotificationEvent[dict[str, int]])
 
     @property
     def tuning(self) -> str:
