@@ -815,20 +815,30 @@ class Procrastinate(Way):
     async def deliver(self, bodies: Sequence[Body]) -> AsyncIterator[Any]:
         await self.connect()
         self._tasks(bodies)
-        running = asyncio.create_task(
-            self.app.run_worker_async(
-                concurrency=10,
-                delete_jobs="always",
-                install_signal_handlers=False,
-                shutdown_graceful_timeout=2,
-            )
+        lease = self.options.get("lease", 30)
+
+        async def retry_stalled() -> None:
+            """The task that its docs advise; without it nobody delivers what a dead worker held."""
+            while True:
+                await asyncio.sleep(lease / 2)
+                for job in await self.app.job_manager.get_stalled_jobs(seconds_since_heartbeat=lease):
+                    await self.app.job_manager.retry_job(job)
+
+        worker = self.app.run_worker_async(
+            concurrency=10,
+            delete_jobs="always",
+            install_signal_handlers=False,
+            shutdown_graceful_timeout=2,
+            update_heartbeat_interval=lease / 3,
+            stalled_worker_timeout=lease,
         )
+        running = [asyncio.create_task(worker), asyncio.create_task(retry_stalled())]
         try:
             yield running
         finally:
-            running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await running
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     @asynccontextmanager
     async def clients(self, number: int) -> AsyncIterator[list[Client]]:
