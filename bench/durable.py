@@ -24,6 +24,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from asyncio.subprocess import PIPE, Process
@@ -134,6 +135,12 @@ async def _hear() -> dict[str, Any]:
     return heard
 
 
+def _end_with_parent() -> None:
+    """A worker would go on for ever if the bench was killed: its stdin ends then."""
+    sys.stdin.read()
+    os._exit(0)
+
+
 def _memory() -> int:
     """Resident bytes, now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -200,6 +207,8 @@ async def _work(job: dict[str, Any]) -> None:
         def count(conn: Any, cursor: Any, statement: str, *rest: Any) -> None:
             statements[statement] = statements.get(statement, 0) + 1
 
+    else:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await way.connect()
@@ -457,6 +466,13 @@ class Bench:
         finally:
             await self.drop(name)
 
+    async def drop_leftovers(self) -> None:
+        """Databases of a bench that was killed."""
+        rows = await self.server("SELECT datname FROM pg_database WHERE datname LIKE 'whereupon_bench_%'")
+        for (name,) in rows:
+            if not runs(name.split("_")[2]):
+                await self.drop(name)
+
     async def drop(self, name: str) -> None:
         await self.server(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         self.databases.discard(name)
@@ -536,6 +552,11 @@ class Bench:
                 else:
                     progress(f"  round {number + 1}: {entry.label} ({time.monotonic() - began:.1f} s)")
         return found
+
+
+def runs(pid: str) -> bool:
+    """Whether there is such a process."""
+    return Path(f"/proc/{pid}").exists()
 
 
 def progress(text: str) -> None:
@@ -1255,10 +1276,12 @@ async def report(bench: Bench, sections: Sequence[str]) -> None:
         raise SystemExit(f"fsync is {fsync} and synchronous_commit {synchronous}: both must be on")
     import sqlite3
 
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    await bench.drop_leftovers()
     say(machine() + "  ")
-    say(
-        f"PostgreSQL {number.split()[0]}, fsync {fsync}, synchronous_commit {synchronous}; ",
-    )
+    say(f"PostgreSQL {number.split()[0]}, fsync {fsync}, synchronous_commit {synchronous}; ")
     counted = "1 round" if bench.rounds == 1 else f"{bench.rounds} rounds"
     say(f"SQLite {sqlite3.sqlite_version}; whereupon {version('whereupon')}; {counted}\n")
     left_out = [
