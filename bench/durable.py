@@ -1345,6 +1345,8 @@ def main() -> None:
         if arguments.picture:
             Path(arguments.picture).write_text(durable_picture.draw(bench.bars))
             progress(f"drawn: {arguments.picture}")
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
