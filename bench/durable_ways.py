@@ -206,7 +206,10 @@ class Whereupon(Way):
                     await bus.publish(*events, session=session)
 
     async def connect(self) -> None:
-        pass
+        """Import what a bus and a driver need; connections are made, and statements compiled, as the clock runs."""
+        bus = self._make_bus([], deliver=False)
+        await bus.revision()
+        await bus.engine.dispose()
 
     @asynccontextmanager
     async def deliver(self, bodies: Sequence[Body]) -> AsyncIterator[Any]:
