@@ -717,7 +717,7 @@ recovery    from the end of publishing, right after the last hit, until all was 
 
 def main() -> int:
     """Print the table; 1 if a promise was broken."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--short", action="store_true", help="a few hits of each fault, as in CI")
     parser.add_argument("--only", metavar="NAME", action="append", choices=list(KINDS), help="this fault; repeatable")
     parser.add_argument("--on", metavar="DATABASE", choices=_BOTH, help="postgresql or sqlite alone")
@@ -737,7 +737,8 @@ def main() -> int:
 
 
 def _print_table(arguments: argparse.Namespace, postgres: str | None) -> int:
-    lines, failed = [list(_HEAD)], False
+    lines: list[Sequence[str]] = [_HEAD]
+    failed = False
     for name, kind in KINDS.items():
         if arguments.only and name not in arguments.only:
             continue
