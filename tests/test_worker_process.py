@@ -177,6 +177,7 @@ async def test_a_kill_repeats_no_more_than_what_was_in_flight_under_the_same_key
     assert found.total() - len(events) <= kills * 10  # in_flight of the worker
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)  # on SQLite it may stand still with the lock
 async def test_a_worker_that_stood_still_repeats_no_more_than_what_it_had_in_flight(
     bus: EventBus, start: Starting
 ) -> None:
