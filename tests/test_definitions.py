@@ -1,4 +1,4 @@
-"""Two builds with two definitions of one subscription: at any time one of them serves it, and no event is stepped over."""
+"""Two builds with two definitions of one subscription: one of them serves it, and no event is stepped over."""
 
 from __future__ import annotations
 
@@ -118,5 +118,7 @@ async def test_another_order_under_the_same_name_is_refused_with_the_way_out(dat
     @bus.subscribe(TrainArrived, name="board", ordered_by="number")
     async def board(event: TrainArrived) -> None: ...
 
-    with pytest.raises(SubscriptionConflictError, match="ordered by nothing in .* and by number here.*name of its own"):
+    with pytest.raises(
+        SubscriptionConflictError, match=r"ordered by nothing in .* and by number here.*name of its own"
+    ):
         await bus.start()

@@ -28,7 +28,8 @@ PUBLIC = {
     "ActionRefused",
     "BusStateError", "DatabaseError", "DatabaseUnavailableError", "DuplicateSubscriptionError", "EventDecodingError",
     "EventDefinitionError", "EventEncodingError", "ForeignClusterError", "ForeignSessionError", "HandlerSessionError",
-    "HandlerTimeout", "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionError", "UnknownEventError",
+    "HandlerTimeout", "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionConflictError",
+    "SubscriptionError", "UnknownEventError",
     "UnsupportedDatabaseError", "WhereuponError",
 }  # fmt: skip
 

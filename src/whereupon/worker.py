@@ -331,8 +331,10 @@ class Worker:
         mine = [worker for worker in layout.workers if worker[0] == self.id]
         if not mine:  # the lease ran out while this process stood still: it is being made anew
             return
-        if not mine[0][1]:
-            await self.store.serve(self.id, list(self.shares))
+        current = {state.key.subscription: self._is_current(state) for state in layout.lanes}
+        serves = sorted(name for name, ours in current.items() if ours)
+        if mine[0][1] != serves:  # the others leave room for those who serve a subscription, and only for them
+            await self.store.serve(self.id, serves)
         known = {state.key for state in layout.lanes}
         for gone in [lane for key, lane in self.lanes.items() if key not in known]:
             self.lose(gone)  # its subscription was retired
@@ -355,7 +357,7 @@ class Worker:
                     self._release(lane)
                 else:
                     held.append(lane)
-            if not self._is_current(share, lanes[0]):
+            if not current[name]:
                 continue
             serving = [worker for worker, serves in layout.workers if name in serves or worker == self.id]
             ours = _fair_share(f"{name}{generation or ''}", len(lanes), serving, self.id)
@@ -381,9 +383,10 @@ class Worker:
             share = self.replays[key.subscription, key.generation] = Share(live.subscription, rate)
         return share
 
-    def _is_current(self, share: Share, state: LaneState) -> bool:
+    def _is_current(self, state: LaneState) -> bool:
         """Whether no newer build has defined the subscription otherwise; else its lanes are left to that."""
         name = state.key.subscription
+        share = self.shares[name]
         if state.definition == share.definition:
             self._superseded.discard(name)
             return True
