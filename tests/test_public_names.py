@@ -16,6 +16,8 @@ PUBLIC = {
     "EventBus", "EventBusProtocol", "InMemoryEventBus", "Receipt",
     # subscriptions
     "Delivery", "DeliveryState", "Discard", "EventContext", "Retry", "RetryLater", "Subscription",
+    # workflows
+    "Attempt", "Workflow",
     # who and what caused an event
     "Metadata", "request_metadata",
     # handlers of every event
@@ -29,8 +31,7 @@ PUBLIC = {
     "BusStateError", "DatabaseError", "DatabaseUnavailableError", "DuplicateSubscriptionError", "EventDecodingError",
     "EventDefinitionError", "EventEncodingError", "ForeignClusterError", "ForeignSessionError", "HandlerSessionError",
     "HandlerTimeout", "LeaseLost", "PublishError", "SchemaError", "SessionRequiredError", "SubscriptionConflictError",
-    "SubscriptionError", "UnknownEventError",
-    "UnsupportedDatabaseError", "WhereuponError",
+    "SubscriptionError", "UnknownEventError", "UnsupportedDatabaseError", "WhereuponError", "WorkflowClosedError",
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ TABLES = {
         "exception",
         "action",
         "history",
+        "workflow",
         "audit",
     )
 }

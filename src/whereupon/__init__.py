@@ -32,11 +32,13 @@ from whereupon.errors import (
     UnknownEventError,
     UnsupportedDatabaseError,
     WhereuponError,
+    WorkflowClosedError,
 )
 from whereupon.event import DomainEvent, EventDefinition, NotSecret, Outcome
 from whereupon.logs import LoggingEventHandler
 from whereupon.memory import InMemoryEventBus
 from whereupon.subscription import Delivery, Retry, Subscription
+from whereupon.workflow import Attempt, Workflow
 
 if TYPE_CHECKING:
     from whereupon.action import Action, DeadLetter, HandlerState, Operator
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Action",
     "ActionRefused",
+    "Attempt",
     "AuditEventHandler",
     "BusStateError",
     "Codec",
@@ -90,6 +93,8 @@ __all__ = [
     "UnknownEventError",
     "UnsupportedDatabaseError",
     "WhereuponError",
+    "Workflow",
+    "WorkflowClosedError",
     "request_metadata",
 ]
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
@@ -163,6 +163,11 @@ def _transaction_of(connection: Connection) -> _Transaction:
     if transaction is None or transaction.phase is _Phase.OVER:
         transaction = connection.info[_KEY] = _Transaction()
     return transaction
+
+
+def goes_on(connection: Connection, transaction: Transaction | None) -> bool:
+    """Whether a connection is still in this transaction, as far as is known on this side of it."""
+    return not connection.closed and not connection.invalidated and connection.get_transaction() is transaction
 
 
 def root_of(engine: Engine) -> Engine:

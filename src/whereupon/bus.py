@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from whereupon._dispatch import Seat
+    from whereupon.workflow import Attempt, Workflow
 
+A = TypeVar("A", bound=DomainEvent)
+S = TypeVar("S", bound=DomainEvent)
 E = TypeVar("E", bound=DomainEvent)
 Heard = TypeVar("Heard", bound=DomainEvent)
 P = ParamSpec("P")
@@ -112,6 +115,8 @@ class EventBusProtocol(Protocol):
     async def publish(
         self, *events: DomainEvent, session: Any = None, metadata: Metadata | Mapping[str, Any] | None = None
     ) -> Receipt: ...
+
+    def workflow(self, workflow: Workflow[P, A, S], /, *args: P.args, **fields: P.kwargs) -> Attempt[A, S]: ...
 
     async def drain(self, timeout: float | None = None) -> None: ...
 

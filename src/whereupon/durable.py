@@ -34,6 +34,7 @@ from whereupon._dispatch import Call, Runner
 from whereupon._postgres import PostgresStore
 from whereupon._sqlite import SQLiteStore, configure
 from whereupon.action import Operator
+from whereupon.attempt import Attempts, DurableAttempt
 from whereupon.bell import Listener, Ringer, channel_of
 from whereupon.bus import Subscribing
 from whereupon.codec import Codec, JsonCodec
@@ -70,6 +71,7 @@ from whereupon.store import (
 )
 from whereupon.subscription import Delivery, Subscription
 from whereupon.worker import Worker
+from whereupon.workflow import A, Attempt, P, S, Workflow, attempt_closed_by
 
 _DRIVERS: Final = {
     "sqlite": ("sqlite+aiosqlite:///app.db", "whereupon[sqlite]"),
@@ -196,6 +198,7 @@ class EventBus(Subscribing):
         self._preparing: asyncio.Lock | None = None
         self._loop: AbstractEventLoop | None = None
         self._worker: Worker | None = None
+        self._attempts = Attempts(self)
         self._runner = Runner()
         self._due: deque[tuple[set[str], list[tuple[_Staged, list[Call]]]]] = deque()
         """Committed: the types to wake the worker for, and the handlers to run with the next turn of the loop."""
@@ -225,6 +228,9 @@ class EventBus(Subscribing):
         this call has staged, and its handlers have written, is undone.
         """
         self._check_events(events)
+        if (attempt := attempt_closed_by(events)) is not None:
+            receipt: DurableReceipt = await attempt.publish_outcome(events, session, metadata)
+            return receipt
         for event in events:
             self._know(type(event))
         if session is None:
@@ -249,6 +255,10 @@ class EventBus(Subscribing):
         `PublishError` if an IN_TRANSACTION handler is required.
         """
         self._check_events(events)
+        if attempt_closed_by(events) is not None:
+            raise PublishError(
+                "stage can't await the outcome of the attempt under way: await attempt.succeeded(…, session=session)"
+            )
         owner = _staging.sync_session(session)
         if not self._is_ready():
             raise BusStateError("stage needs a bus that has been started: enter it once with `async with bus`")
@@ -269,6 +279,17 @@ class EventBus(Subscribing):
         connection = _staging.connection_of(owner)
         self._check_database(connection)
         _staging.stage(owner, connection, self, staged)
+
+    def workflow(self, workflow: Workflow[P, A, S], /, *args: P.args, **fields: P.kwargs) -> Attempt[A, S]:
+        """One attempt: `async with bus.workflow(UserRegistration, email=…) as attempt`.
+
+        `fields` are those of *Attempted*, which is committed before the block begins. In the block, await
+        `attempt.succeeded(…, session=session)` in the transaction of the work, or publish *Succeeded* on this bus,
+        which is the same. A block that is left without that, or with an exception, has failed: *Failed* says so, with
+        a reason, and the exception is raised again. If this process dies, a worker publishes what closes the attempt.
+        An outcome has the correlation and causation ids of its attempt. Raises what `publish` raises.
+        """
+        return DurableAttempt(self._attempts, workflow, workflow.attempt_with(*args, **fields))
 
     def _check_alone(self, events: tuple[DomainEvent, ...]) -> None:
         for event in events:
@@ -572,6 +593,7 @@ class EventBus(Subscribing):
                     await worker.start()
                 self._worker = worker
                 self._listen(worker)
+                self._attempts.start_sweeping()
         except BaseException:
             await self._let_go()
             raise
@@ -597,8 +619,9 @@ class EventBus(Subscribing):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._drain_timeout
         try:
+            await self._attempts.finish(self._drain_timeout)
             if drain:
-                await self.drain(self._drain_timeout)
+                await self.drain(max(0.0, deadline - loop.time()))
         except TimeoutError:
             self.logger.warning("bus_drain_timed_out", seconds=self._drain_timeout)
         finally:
@@ -618,6 +641,7 @@ class EventBus(Subscribing):
             self._runner.abandon(why)
             self._runner.close()
             self._entered = False
+            await self._attempts.stop()
             await self._let_go()
             self._lose_due(BusStateError("the bus was closed"))
 

@@ -8,6 +8,7 @@ WhereuponError
 ├── PublishError                            nothing was published
 │   ├── SessionRequiredError (RuntimeError) no session, and the event may not stand alone
 │   ├── ForeignSessionError                 the session is on another database
+│   ├── WorkflowClosedError (RuntimeError)  the attempt has its outcome already
 │   └── EventEncodingError (ValueError)     a field holds what can't be stored
 ├── EventDecodingError (ValueError)         a stored event can't be read
 │   └── UnknownEventError                   this build knows no such event or version
@@ -59,6 +60,10 @@ class SessionRequiredError(PublishError, RuntimeError):
 
 class ForeignSessionError(PublishError, ValueError):
     """The session belongs to another database than the bus, so both can't commit together."""
+
+
+class WorkflowClosedError(PublishError, RuntimeError):
+    """The attempt has an outcome already; the work that should have been another is rolled back."""
 
 
 class EventEncodingError(PublishError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from asyncio import AbstractEventLoop, Future
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,10 +14,12 @@ from typing import Any, NamedTuple, Self
 
 from whereupon._dispatch import Call, Runner, Seat
 from whereupon.bus import Subscribing
-from whereupon.context import Metadata, handling, metadata_for
-from whereupon.errors import BusStateError, SessionRequiredError
+from whereupon.context import NO_METADATA, Metadata, handling, metadata_for, request_metadata
+from whereupon.errors import BusStateError, SessionRequiredError, WorkflowClosedError
 from whereupon.event import DomainEvent
+from whereupon.logs import message_of
 from whereupon.subscription import Delivery, Subscription
+from whereupon.workflow import A, Attempt, P, S, State, Workflow, attempt_closed_by, outside_attempts
 
 
 class _Receipt:
@@ -95,6 +98,9 @@ class InMemoryEventBus(Subscribing):
         """
         if self._closed:
             raise BusStateError("the bus is closed: publish inside `async with bus`, or make a new bus")
+        if (attempt := attempt_closed_by(events)) is not None:
+            receipt: _Receipt = await attempt.publish_outcome(events, session, metadata)
+            return receipt
         given = metadata_for(metadata)
         if session is not None:
             return await self._stage(events, session, given)
@@ -111,6 +117,10 @@ class InMemoryEventBus(Subscribing):
         if suspended:
             await _Group(self, suspended).wait()
         return _Receipt(self, events)
+
+    def workflow(self, workflow: Workflow[P, A, S], /, *args: P.args, **fields: P.kwargs) -> Attempt[A, S]:
+        """One attempt, as on `EventBus`; but nothing is stored, and nobody speaks for a process that dies."""
+        return _MemoryAttempt(self, workflow, workflow.attempt_with(*args, **fields))
 
     def _run(self, event: DomainEvent, calls: list[Call], metadata: Metadata) -> Sequence[Seat]:
         context = copy_context()
@@ -254,6 +264,79 @@ class InMemoryEventBus(Subscribing):
         finally:
             self._closed = True
             self._runner.close()
+
+
+class _MemoryAttempt(Attempt[A, S]):
+    def __init__(self, bus: InMemoryEventBus, workflow: Workflow[Any, A, S], attempted: A) -> None:
+        super().__init__(workflow, attempted)
+        self._bus = bus
+        self._metadata = NO_METADATA
+        self._state = State.OPEN
+        self._pending: tuple[Any, Any] | None = None
+        """The connection and the transaction that an outcome was staged in."""
+
+    async def _open(self) -> None:
+        if self._metadata is not NO_METADATA:
+            raise BusStateError(f"{self!r} was entered before: an attempt is made once. Call bus.workflow(…) for each")
+        given = metadata_for(None)
+        self._metadata = dataclasses.replace(given, correlation_id=given.correlation_id or self.id)
+        await self._bus.publish(self.attempted, metadata=given)
+
+    async def publish_outcome(self, events: tuple[DomainEvent, ...], session: Any, metadata: Any) -> _Receipt:
+        outcome = self.outcome_among(events)
+        assert outcome is not None
+        if self._state is not State.OPEN or self._in_transaction():
+            raise WorkflowClosedError(f"{self!r} has an outcome already. An attempt has one outcome")
+        if session is None:
+            self._state = outcome[1]
+        try:
+            with outside_attempts(), request_metadata(self._metadata):
+                receipt = await self._bus.publish(*events, session=session, metadata=metadata)
+            if session is not None:
+                await self._follow(session, outcome[1])
+        except Exception:  # what is raised here was raised before any handler ran, but for a required one
+            self._state = State.OPEN
+            raise
+        return receipt
+
+    async def _follow(self, session: Any, state: State) -> None:
+        from whereupon import _staging
+
+        owner = _staging.async_session(session)
+        connection = await owner.run_sync(_staging.connection_of)
+        self._pending = connection, connection.get_transaction()
+        await owner.run_sync(_staging.stage, connection, self, [state])
+
+    def _in_transaction(self) -> bool:
+        if self._pending is None:
+            return False
+        from whereupon import _staging
+
+        return _staging.goes_on(*self._pending)
+
+    def write_staged(self, connection: Any, staged: list[State]) -> None:
+        """Nothing is stored."""
+
+    def committed(self, staged: list[State], *, certain: bool) -> None:
+        if certain:
+            self._state = staged[0]
+
+    async def _leave(self, reason: str) -> None:
+        if self._state is not State.OPEN or self._in_transaction():
+            return
+        try:
+            event = self.workflow.failure(self.attempted, reason)
+            await self.publish_outcome((event,), None, None)
+        except Exception as error:
+            # the exception that leaves the block is the one to be seen
+            self._bus.logger.error(
+                "workflow_failure_refused",
+                workflow=self.workflow.name,
+                workflow_id=str(self.id),
+                error_type=type(error).__name__,
+                error_message=message_of(error),
+                exc_info=error,
+            )
 
 
 def session_required(subscription: Subscription, event: DomainEvent) -> str:

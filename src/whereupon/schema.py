@@ -192,6 +192,25 @@ action = Table(
     Column("details", _Json, nullable=False),
 )
 
+workflow = Table(
+    "whereupon_workflow",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("process", Uuid, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("payload", LargeBinary),
+    Column("headers", Text, nullable=False),
+    Column("reason", Text),
+    Column("outcome_id", Uuid),
+    Column("opened_at", UTCDateTime, nullable=False),
+    Column("closed_at", UTCDateTime),
+)
+"""One row an attempt, `id` that of its *Attempted*. Type, version, payload and headers are those of the event that
+closes it if its process dies; the payload goes with the outcome."""
+
 audit_log = Table(
     "whereupon_audit",
     metadata,

@@ -1,4 +1,4 @@
-"""The log, the cursors over it, exceptions, history and the audit trail."""
+"""The log, the cursors over it, exceptions, history, workflows and the audit trail."""
 
 from __future__ import annotations
 
@@ -197,6 +197,23 @@ CREATE INDEX whereupon_action_subscription ON whereupon_action (subscription, id
 
 CREATE INDEX whereupon_action_event_id ON whereupon_action (event_id) WHERE event_id IS NOT NULL;
 
+CREATE TABLE whereupon_workflow (
+    id uuid PRIMARY KEY,
+    name text NOT NULL,
+    state varchar(20) NOT NULL DEFAULT 'open',
+    process uuid NOT NULL,
+    type text NOT NULL,
+    version integer NOT NULL,
+    payload bytea,
+    headers text NOT NULL,
+    reason text,
+    outcome_id uuid,
+    opened_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    closed_at timestamptz
+);
+
+CREATE INDEX whereupon_workflow_open ON whereupon_workflow (process) WHERE state = 'open';
+
 CREATE TABLE whereupon_audit (
     id uuid PRIMARY KEY,
     event_id uuid NOT NULL,
@@ -362,6 +379,23 @@ CREATE INDEX whereupon_action_subscription ON whereupon_action (subscription, id
 
 CREATE INDEX whereupon_action_event_id ON whereupon_action (event_id) WHERE event_id IS NOT NULL;
 
+CREATE TABLE whereupon_workflow (
+    id CHAR(32) PRIMARY KEY,
+    name TEXT NOT NULL,
+    state VARCHAR(20) NOT NULL DEFAULT 'open',
+    process CHAR(32) NOT NULL,
+    type TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    payload BLOB,
+    headers TEXT NOT NULL,
+    reason TEXT,
+    outcome_id CHAR(32),
+    opened_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    closed_at DATETIME
+);
+
+CREATE INDEX whereupon_workflow_open ON whereupon_workflow (process) WHERE state = 'open';
+
 CREATE TABLE whereupon_audit (
     id CHAR(32) PRIMARY KEY,
     event_id CHAR(32) NOT NULL,
@@ -416,6 +450,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in (
         "audit",
+        "workflow",
         "action",
         "history",
         "exception",
