@@ -96,8 +96,10 @@ class Attempts:
 
     async def finish(self, timeout: float) -> None:
         """Wait until the outcomes of attempts that have ended are written, for so many seconds at most."""
-        if tasks := self._here():
-            await asyncio.wait(tasks, timeout=timeout)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while tasks := self._here():  # one that can't reach the database is followed by another
+                    await asyncio.wait(tasks)
 
     async def stop(self) -> None:
         """Stop, and give the lease up: what is open then is closed by others, as *Interrupted*."""
