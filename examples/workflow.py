@@ -44,15 +44,14 @@ async def note(event: RegistrationFailed) -> None:
 
 
 async def register(email: str) -> None:
-    async with bus.workflow(Registration, email=email) as attempt:  # Attempted is committed here
-        async with sessions.begin() as session:
-            user_id = uuid4()
-            insert = text("INSERT INTO users VALUES (:id, :email)")
-            try:
-                await session.execute(insert, {"id": user_id.hex, "email": email})
-            except IntegrityError:
-                raise EmailTaken from None
-            await attempt.succeeded(user_id=user_id, session=session)  # commits with the user, or not at all
+    async with bus.workflow(Registration, email=email) as attempt, sessions.begin() as session:
+        # here Attempted is committed already
+        user_id = uuid4()
+        try:
+            await session.execute(text("INSERT INTO users VALUES (:id, :email)"), {"id": user_id.hex, "email": email})
+        except IntegrityError:
+            raise EmailTaken from None
+        await attempt.succeeded(user_id=user_id, session=session)  # commits with the user, or not at all
 
 
 async def main() -> None:

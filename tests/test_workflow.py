@@ -194,6 +194,14 @@ async def test_nothing_of_an_exception_but_its_type_is_stored(here: Site, error:
     assert await here.logged() == failed(type(error).__name__)
 
 
+async def test_a_workflow_may_have_one_word_for_what_nobody_foresaw(here: Site) -> None:
+    workflow = Workflow(SignupAttempted, SignupSucceeded, SignupFailed, unforeseen="internal_error")
+    with pytest.raises(OSError, match="disk full"):
+        async with here.bus.workflow(workflow, email=ADA):
+            raise OSError("disk full")
+    assert await here.logged() == failed("internal_error")
+
+
 async def test_a_block_left_without_an_outcome_has_failed(here: Site) -> None:
     async with here.bus.workflow(Signup, email=ADA):
         pass

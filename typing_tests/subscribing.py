@@ -16,6 +16,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from whereupon import (
+    Attempt,
     AuditEventHandler,
     Delivery,
     Discard,
@@ -29,6 +30,7 @@ from whereupon import (
     Receipt,
     Retry,
     RetryLater,
+    Workflow,
     request_metadata,
 )
 
@@ -149,3 +151,34 @@ def asking_for_more() -> None:
 
 def refusing() -> None:
     raise Discard()  # type: ignore[call-arg]
+
+
+class DoorUnlockingAttempted(DomainEvent):
+    door: int
+
+
+class DoorUnlockingSucceeded(DomainEvent):
+    door: int
+    turns: int
+
+
+class DoorUnlockingFailed(DomainEvent):
+    door: int
+    reason: str
+
+
+DoorUnlocking = Workflow(DoorUnlockingAttempted, DoorUnlockingSucceeded, DoorUnlockingFailed)
+
+
+async def unlocking(bus: EventBusProtocol, memory: InMemoryEventBus, durable: EventBus, session: AsyncSession) -> None:
+    async with bus.workflow(DoorUnlocking, door=1) as attempt:
+        assert_type(attempt, Attempt[DoorUnlockingAttempted, DoorUnlockingSucceeded])
+        assert_type(attempt.attempted, DoorUnlockingAttempted)
+        await attempt.succeeded(DoorUnlockingSucceeded(door=1, turns=2), session=session)
+        await attempt.succeeded(turns=2, session=session)
+        await attempt.failed("no_key", session=session)
+        await attempt.succeeded(DoorOpened(door=1), session=session)  # type: ignore[call-overload]
+        await attempt.failed(OSError())  # type: ignore[arg-type]
+    memory.workflow(DoorUnlocking, door="1")  # type: ignore[arg-type]
+    durable.workflow(DoorUnlocking)  # type: ignore[call-arg]
+    durable.workflow(DoorUnlocking, door=1, colour="red")  # type: ignore[call-arg]

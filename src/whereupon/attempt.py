@@ -35,7 +35,7 @@ from whereupon.logs import message_of
 from whereupon.schema import process, without_nul
 from whereupon.schema import workflow as table
 from whereupon.store import Record
-from whereupon.workflow import INTERRUPTED, A, Attempt, S, State, Workflow, outside_attempts
+from whereupon.workflow import INTERRUPTED, A, Attempt, S, State, Workflow, outside_attempts, reason_of
 
 if TYPE_CHECKING:
     from whereupon.durable import DurableReceipt, EventBus
@@ -357,7 +357,7 @@ class DurableAttempt(Attempt[A, S]):
         """Nobody enters the block, and the attempt may be stored, or not."""
         await asyncio.wait([opening])
         if opening.cancelled() or isinstance(opening.exception(), (*self._attempts.away, type(None))):
-            await self._attempts.fail(self, type(error).__name__, wait=False)
+            await self._attempts.fail(self, reason_of(error, self.workflow.unforeseen), wait=False)
 
     async def publish_outcome(self, events: tuple[DomainEvent, ...], session: Any, metadata: Any) -> DurableReceipt:
         outcome = self.outcome_among(events)

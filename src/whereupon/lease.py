@@ -93,11 +93,7 @@ class Lease:
         self._thread = threading.Thread(target=self._run, name="whereupon-lease", daemon=True)
         self._thread.start()
         try:
-<<<<<<< HEAD
             await started  # the thread may have taken it out of `_started` already
-=======
-            await started  # the thread may be done with it, and have forgotten it, by now
->>>>>>> 9e5bcfb (Keep what start waits for, however fast the lease's thread is)
         except BaseException:
             await self.stop()
             raise

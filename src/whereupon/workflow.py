@@ -54,8 +54,10 @@ class Workflow(Generic[P, A, S]):
         UserRegistration = Workflow(UserRegistrationAttempted, UserRegistrationSucceeded, UserRegistrationFailed)
 
     `failed` has a field `reason: str`; its other fields are taken from *Attempted*. `interrupted` is the class of the
-    event that closes an attempt whose process died; by default it is `failed`, with the reason "interrupted". `name`
-    is what operators see. Raises `EventDefinitionError` for classes that don't belong together.
+    event that closes an attempt whose process died; by default it is `failed`, with the reason "interrupted".
+    `unforeseen` is the reason for exceptions that have no `reason` of their own, by default the name of their type;
+    what their message says is never stored. `name` is what operators see. Raises `EventDefinitionError` for classes
+    that don't belong together.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Workflow(Generic[P, A, S]):
         failed: type[DomainEvent],
         *,
         interrupted: type[DomainEvent] | None = None,
+        unforeseen: str | None = None,
         name: str | None = None,
     ) -> None:
         self._made = attempted
@@ -79,6 +82,7 @@ class Workflow(Generic[P, A, S]):
                     f"{self.attempted.__name__} and {cls.__name__} are of two workflows: an attempt has the outcomes "
                     f"{stem}Succeeded and {stem}Failed"
                 )
+        self.unforeseen = unforeseen
         self.name = name or stem or self.attempted.__event__.name
         _check_reason(self.failed)
         self._failed_fields = _carried(self.attempted, self.failed)
@@ -195,7 +199,9 @@ class Attempt(abc.ABC, Generic[A, S]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
         _current.set(self._outer)
-        await self._leave(self._reason or (NOT_COMPLETED if error is None else reason_of(error)))
+        await self._leave(
+            self._reason or (NOT_COMPLETED if error is None else reason_of(error, self.workflow.unforeseen))
+        )
 
 
 _current: ContextVar[Attempt[Any, Any] | None] = ContextVar("whereupon_attempt", default=None)
@@ -222,13 +228,16 @@ def outside_attempts() -> Iterator[None]:
         _current.reset(token)
 
 
-def reason_of(error: BaseException) -> str:
-    """What a *Failed* may say of an exception: its own `reason`, or its type. Its message may hold anything."""
+def reason_of(error: BaseException, unforeseen: str | None = None) -> str:
+    """What a *Failed* may say of an exception: its own `reason`, or its type. Its message may hold anything.
+
+    What the standard library calls the reason of an exception is a message, too.
+    """
     reason = getattr(error, "reason", None)
     ours = type(error).__module__.partition(".")[0] not in sys.stdlib_module_names
     if ours and isinstance(reason, str) and reason.strip():
         return reason[:_LONGEST_REASON].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
-    return type(error).__name__
+    return unforeseen or type(error).__name__
 
 
 def _taken(attempted: DomainEvent, names: Iterable[str], /, **given: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from dashtam.domain.audit import AuditAction
-from whereupon import DomainEvent
+from whereupon import DomainEvent, Workflow
 
 
 class AuthenticationEvent(DomainEvent, abstract=True, category="authentication", resource="user"):
@@ -45,6 +45,11 @@ class UserRegistrationSucceeded(AuthenticationEvent, audit=AuditAction.USER_REGI
 class UserRegistrationFailed(AuthenticationEvent, audit=AuditAction.USER_REGISTRATION_FAILED):
     email: str
     reason: str
+
+
+UserRegistration = Workflow(
+    UserRegistrationAttempted, UserRegistrationSucceeded, UserRegistrationFailed, unforeseen="internal_error"
+)
 
 
 # Email verification

@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from dashtam.application.registration import RegisterUser, RegisterUserHandler
 from dashtam.application.users import UserQueries
-from dashtam.application.workflow import attempt
-from dashtam.domain.events import UserRegistrationAttempted, UserRegistrationFailed
+from dashtam.domain.events import UserRegistration
 from dashtam.domain.result import Failure
 from dashtam.domain.user import LONGEST_EMAIL, LONGEST_PASSWORD
 from dashtam.presentation.problems import describes, problem_of
@@ -74,12 +73,11 @@ def user_routes(event_bus: EventBusProtocol, register_user: RegisterUserHandler,
     )
     async def register(body: Registration, response: Response) -> Any:
         command = RegisterUser(email=body.email, password=body.password.get_secret_value())
-        result = await attempt(
-            event_bus,
-            UserRegistrationAttempted(email=body.email),
-            lambda: register_user.handle(command),
-            failed=lambda reason: UserRegistrationFailed(email=body.email, reason=reason),
-        )
+        # the handler publishes Succeeded in its transaction, and that is the outcome of this attempt
+        async with event_bus.workflow(UserRegistration, email=body.email) as attempt:
+            result = await register_user.handle(command)
+            if isinstance(result, Failure):
+                await attempt.failed(result.error.reason)
         if isinstance(result, Failure):
             return problem_of(result.error)
         response.headers["Location"] = f"/users/{result.value}"
