@@ -124,7 +124,7 @@ async def here(database_url: str) -> AsyncIterator[Site]:
         yield here
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], within: float = 15) -> None:
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 60) -> None:
     async with asyncio.timeout(within):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -739,7 +739,7 @@ def start(tmp_path: Path) -> Iterator[Starting]:
 
 async def says(process: subprocess.Popen[str], word: str) -> None:
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (line := await asyncio.to_thread(process.stdout.readline)) != f"{word}\n":
             assert line, f"it ended without saying {word!r}"
 

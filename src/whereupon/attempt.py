@@ -84,7 +84,14 @@ class Attempts:
         assert bus._preparing is not None
         async with bus._preparing:
             if self._lease is None:
-                lease = Lease(bus.engine, bus._lease, in_flight=0, log=self.log, on_lost=lambda: None)
+                lease = Lease(
+                    bus.engine,
+                    bus._lease,
+                    in_flight=0,
+                    autocommit=bus._store.may_autocommit,
+                    log=self.log,
+                    on_lost=lambda: None,
+                )
                 lease.allow(None)  # an event loop that stands still is no reason to end a process that is no worker
                 await lease.start()
                 self._lease = lease
