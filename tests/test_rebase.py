@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.sql import SQL
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -36,7 +37,9 @@ def clusters() -> Iterator[tuple[PostgresServer, PostgresServer, Path]]:
         with psycopg.connect(plain(high.url, "postgres"), autocommit=True) as connection:
             connection.execute("SET synchronous_commit = off")
             connection.execute(
-                f"DO $$ BEGIN FOR i IN 1..{BURNED} LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$"
+                SQL("DO $$ BEGIN FOR i IN 1..{} LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$").format(
+                    BURNED
+                )
             )
         yield low, high, binaries
     finally:
