@@ -12,8 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
-from sqlalchemy import event as sqlalchemy_events
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.log_records import Records
@@ -641,30 +640,3 @@ async def test_drain_includes_retries_that_are_due_and_not_those_due_later(bus: 
         await place(bus, 1)
         await bus.drain(10)
         assert calls == {"now": 6, "later": 1}
-
-
-async def test_an_idle_worker_writes_nothing_and_asks_once_a_poll(bus: EventBus) -> None:
-    @bus.subscribe(MealOrdered, name="one")
-    async def one(event: MealOrdered) -> None: ...
-
-    @bus.subscribe(MealServed, name="two")
-    async def two(event: MealServed, session: AsyncSession) -> None: ...
-
-    bus._poll_interval, bus._lease = 0.1, 30.0
-    statements: list[str] = []
-    async with bus:
-        await place(bus, 1)
-        await bus.drain(10)
-        await asyncio.sleep(0.3)
-
-        def note(*args: Any) -> None:
-            statements.append(args[2])
-
-        sqlalchemy_events.listen(Engine, "before_cursor_execute", note)  # the worker's connections are its own
-        try:
-            await asyncio.sleep(1)
-        finally:
-            sqlalchemy_events.remove(Engine, "before_cursor_execute", note)
-        seen = list(statements)
-    assert 5 <= len(seen) <= 11
-    assert all(one.startswith(("PRAGMA data_version", "SELECT CAST(pg_current_snapshot()")) for one in seen)

@@ -244,6 +244,7 @@ class PostgresStore(Store):
                     row.token,
                     Place(row.snapshot, row.target, row.page),
                     set(row.done),
+                    crashes=row.crashes,
                 )
                 for row in rows
             ]
@@ -596,7 +597,8 @@ _APPEND: Final = {
 }
 
 _CLAIM: Final = text(
-    "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1 FROM ("
+    "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1, "
+    "crashes = CASE WHEN c.owner IS NULL OR c.owner = :owner THEN 0 ELSE least(c.crashes + 1, 10) END FROM ("
     "SELECT k.subscription, k.generation, k.lane FROM whereupon_cursor k "
     "JOIN unnest(:names, :generations, :lanes, :tokens) AS w (subscription, generation, lane, token) "
     "USING (subscription, generation, lane, token) "
@@ -604,7 +606,7 @@ _CLAIM: Final = text(
     "WHERE p.id = k.owner AND p.lease_until > statement_timestamp()) FOR UPDATE OF k SKIP LOCKED) AS free "
     "WHERE c.subscription = free.subscription AND c.generation = free.generation AND c.lane = free.lane "
     "RETURNING c.subscription, c.generation, c.lane, c.token, CAST(c.snapshot AS text), CAST(c.target AS text), "
-    "c.page, c.done"
+    "c.page, c.done, c.crashes"
 ).bindparams(
     bindparam("owner", type_=Uuid()),
     bindparam("names", type_=ARRAY(Text())),

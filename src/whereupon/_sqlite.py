@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Connection, LargeBinary, Text, bindparam, cast, event, func, insert, select, text, update
+from sqlalchemy import Connection, LargeBinary, Text, bindparam, case, cast, event, func, insert, select, text, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -157,12 +157,21 @@ class SQLiteStore(Store):
                             *_mine(lane.key, lane.token),
                             cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner) | ~alive.exists(),
                         )
-                        .values(owner=owner, token=cursor_table.c.token + 1)
-                        .returning(cursor_table.c.token, cursor_table.c.page, text("done"))
+                        .values(
+                            owner=owner,
+                            token=cursor_table.c.token + 1,
+                            crashes=case(
+                                (cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner), 0),
+                                else_=func.min(cursor_table.c.crashes + 1, 10),
+                            ),
+                        )
+                        .returning(cursor_table.c.token, cursor_table.c.page, text("done"), cursor_table.c.crashes)
                     )
                 ).first()
                 if row is not None:
-                    cursors.append(Cursor(lane.key, row.token, row.page, set(json.loads(row.done))))
+                    cursors.append(
+                        Cursor(lane.key, row.token, row.page, set(json.loads(row.done)), crashes=row.crashes)
+                    )
             await self.load_exceptions(connection, cursors)
         return cursors
 

@@ -134,6 +134,7 @@ cursor = Table(
     Column("page", _Big, nullable=False),
     Column("last", _Big),
     Column("rate", Float),
+    Column("crashes", SmallInteger, nullable=False),
     Column("owner", Uuid),
     Column("token", _Big, nullable=False),
 )

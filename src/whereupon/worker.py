@@ -224,13 +224,17 @@ class Worker:
         self.stopping = True
         for event in (self._tended, self._wake, self._moved, self._tend_now):
             event.set()
+        for lane in self.lanes.values():
+            lane.put_back_followers()
         await self._wait_for_deliveries(timeout)
         for lane in self.lanes.values():
             for delivery in list(lane.active):
                 if not delivery.ended:
                     delivery.cancel()
         await self._wait_for_deliveries(LAST_WORDS)
-        stuck = sorted({lane.name for lane in self.lanes.values() if any(not d.ended for d in lane.active)})
+        stuck = sorted(
+            {lane.name for lane in self.lanes.values() if any(not (d.ended or d.parking) for d in lane.active)}
+        )
         for task in [*self._loops, *self._tasks]:
             task.cancel()
         if self._tasks:
@@ -407,12 +411,16 @@ class Worker:
         seen = {lane.key: lane for lane in wanted}
         for cursor in await self.store.claim(wanted, self.id):
             before = seen[cursor.key]
-            died = before.owner not in (None, self.id)
-            self._take(cursor, (before.in_flight or self.in_flight) if died else 0, before.last)
+            # what ended it was in flight; where those of a key wait behind each other it may be far behind the cursor,
+            # so that each time it is not found among the first, more of them are run carefully
+            suspects = (before.in_flight or self.in_flight) * 2 ** (cursor.crashes - 1) if cursor.crashes else 0
+            self._take(cursor, min(suspects, FULL + PAGE), before.last)
 
     def _take(self, cursor: Cursor, careful: int, last: int | None) -> None:
         share = self._share_of(cursor.key)
         lane = self.lanes[cursor.key] = share.lanes[cursor.key.lane] = Lane(self, share, cursor, careful)
+        if careful:
+            self.spawn(self._take_due(lane))  # what an earlier owner has recorded as running is looked at first
         if last is not None:
             lane.last, lane.gathering = last, False
             lane.start_reading()
@@ -432,7 +440,7 @@ class Worker:
             lane.releasing = True
             lane.attached = False
             lane.share.lanes.pop(lane.cursor.key.lane, None)
-            lane.share.withdraw(lane)
+            lane.put_back_followers()
             self._careful = deque(one for one in self._careful if one[0] is not lane)
             self.spawn(self._hand_over(lane))
 
@@ -734,7 +742,10 @@ class Worker:
     def later_carefully(self, lane: Lane, delivery: Delivery) -> None:
         """Take over a delivery that may have ended a worker before."""
         lane.set_aside.add(delivery.position)
-        self._careful.append((lane, delivery))
+        if delivery.exceptional:  # it was recorded as running: the first to be suspected
+            self._careful.insert(sum(one.exceptional for _, one in self._careful), (lane, delivery))
+        else:
+            self._careful.append((lane, delivery))
         self.pump()
 
     def _begin_careful(self) -> None:
@@ -858,6 +869,10 @@ class Worker:
         for lane in list(self.lanes.values()):
             if not lane.lost and (running := lane.long_running(now, LONG)):
                 await self._settle_lane(lane, [], running)
+        for lane in list(self.lanes.values()):
+            if lane.cursor.crashes and not lane.careful and time.monotonic() - lane.since > self._seconds:
+                await self.store.calm(lane.cursor)
+                lane.cursor.crashes = 0
         for lane in list(self.lanes.values()):
             if lane.unsaved_since is not None and time.monotonic() - lane.unsaved_since > UNSAVED:
                 try:

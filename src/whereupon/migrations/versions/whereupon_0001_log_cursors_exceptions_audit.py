@@ -124,6 +124,7 @@ CREATE TABLE whereupon_cursor (
     done bigint[] NOT NULL DEFAULT '{}',
     last bigint,
     rate double precision,
+    crashes smallint NOT NULL DEFAULT 0,
     owner uuid,
     token bigint NOT NULL DEFAULT 0,
     PRIMARY KEY (subscription, generation, lane)
@@ -306,6 +307,7 @@ CREATE TABLE whereupon_cursor (
     done TEXT NOT NULL DEFAULT '[]',
     last INTEGER,
     rate REAL,
+    crashes SMALLINT NOT NULL DEFAULT 0,
     owner CHAR(32),
     token INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (subscription, generation, lane)
