@@ -20,6 +20,7 @@ from sqlalchemy import (
     BigInteger,
     BindParameter,
     Connection,
+    DateTime,
     Integer,
     LargeBinary,
     Text,
@@ -76,6 +77,14 @@ _STALLED = "set_config('idle_in_transaction_session_timeout', CAST(:stalled AS t
 """Has the server end a session that then idles in this transaction, with rows locked, for longer than `stalled_ms`."""
 
 
+# To ask which cluster this is costs more than to write an event. A server that was not started again since it was asked
+# is in the same one, whatever pooler stands before it.
+_AT_HOME = "pg_postmaster_start_time() = CAST(:home AS timestamptz)"
+_NOW = f"CASE WHEN {_AT_HOME} THEN pg_current_snapshot() ELSE whereupon_snapshot() END"
+_XACT_ID = f"CASE WHEN {_AT_HOME} THEN pg_current_xact_id() ELSE whereupon_xact_id() END"
+_HOME: BindParameter[Any] = bindparam("home", type_=DateTime(timezone=True))
+
+
 def _snapshot(name: str) -> str:
     """A parameter as a snapshot; in a subquery of its own it is parsed once, and not for each row."""
     return f"(SELECT CAST(CAST(:{name} AS text) AS pg_snapshot))"
@@ -108,6 +117,8 @@ class PostgresStore(Store):
         self.now = func.statement_timestamp()
         self.now_as_time = func.statement_timestamp()
         self.upsert = postgresql.insert
+        self._home: datetime | None = None
+        """When the server was started, if the database was never in another cluster: see `_AT_HOME`."""
         self._clock: tuple[datetime, float] | None = None
         """The server's clock when it was last read, and `time.monotonic` of that moment."""
         self._at_hand: AsyncConnection | None = None
@@ -192,6 +203,10 @@ class PostgresStore(Store):
                 took = time.monotonic() - before
                 if took < shortest:
                     shortest, self._clock = took, (theirs, before + took / 2)
+            started, shift = (
+                await connection.execute(text("SELECT pg_postmaster_start_time(), whereupon_shift()"))
+            ).one()
+            self._home = started if shift == 0 else None
 
     def later(self, seconds: float) -> datetime:
         """By the server's clock, as it was when last read, and no clock of this machine's that somebody may set."""
@@ -215,13 +230,18 @@ class PostgresStore(Store):
         return place.target is None or place.page >= last
 
     def append(self, connection: Connection, records: Sequence[Record], *, positions: bool) -> list[int]:
-        columns: dict[str, list[Any]] = {
-            name: [getattr(record, name) for record in records] for name in Record._fields if name != "ran"
-        }
-        columns["ran"] = [
-            None if record.ran is None else msgspec.json.encode(record.ran).decode() for record in records
+        values = [
+            {
+                **record._asdict(),
+                "ran": None if record.ran is None else msgspec.json.encode(record.ran).decode(),
+            }
+            for record in records
         ]
-        rows = connection.execute(_APPEND[positions], columns)
+        if len(values) == 1:
+            rows = connection.execute(_APPEND_ONE[positions], {**values[0], "home": self._home})
+        else:
+            columns: dict[str, Any] = {name: [value[name] for value in values] for name in Record._fields}
+            rows = connection.execute(_APPEND[positions], {**columns, "home": self._home})
         return list(rows.scalars()) if positions else []
 
     # --- lanes ------------------------------------------------------------------------------------------------------
@@ -355,7 +375,7 @@ class PostgresStore(Store):
                     **_unseen_by(place.snapshot),
                     "floor": floor,
                     "limit": limit + 1,
-                    "toward": None if toward is None else toward.snapshot,
+                    **({"home": self._home} if toward is None else {"toward": toward.snapshot}),
                     "types": None if types is None else list(types),
                 }
                 found = await query(_WINDOW[toward is None, types is None], parameters)
@@ -418,6 +438,7 @@ class PostgresStore(Store):
                     {
                         **_unseen_by(self._seen or NOTHING),
                         "floor": 0 if self._seen is None else self.floor(self._seen),
+                        "home": self._home,
                         "owner": owner,
                         "names": list(names),
                     },
@@ -547,12 +568,12 @@ def _window(now_is_target: bool, all_types: bool) -> TextClause:
     wanted = "" if all_types else " AND CASE WHEN l.type = ANY(:types) THEN true END"
     if not now_is_target:
         wanted += f" AND pg_visible_in_snapshot(l.tx_id, {_snapshot('toward')})"
-    target = "whereupon_snapshot()" if now_is_target else _snapshot("toward")
+    target = _NOW if now_is_target else _snapshot("toward")
     query = text(
         f"SELECT s.now, r.* FROM (SELECT CAST({target} AS text) AS now) s LEFT JOIN LATERAL ("
         f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} {_BY_ID} LIMIT :limit) UNION ALL "
         f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_LATE}{wanted} {_BY_ID} LIMIT :limit) LIMIT :limit) r ON true"
-    ).bindparams(bindparam("floor", type_=BigInteger()))
+    ).bindparams(bindparam("floor", type_=BigInteger()), *([_HOME] if now_is_target else []))
     return query if all_types else query.bindparams(bindparam("types", type_=ARRAY(Text())))
 
 
@@ -580,14 +601,31 @@ _FIRST: Final = text(
     f"(SELECT min(n.position) FROM (SELECT l.position FROM whereupon_log l WHERE {_LATE} {_BY_ID} OFFSET 0) n))"
 ).bindparams(bindparam("floor", type_=BigInteger()))
 
+# The array of one costs as much again as the row.
+_APPEND_ONE: Final = {
+    positions: text(
+        "INSERT INTO whereupon_log (tx_id, event_id, type, version, payload, headers, keys, ran) "
+        f"VALUES ({_XACT_ID}, :event_id, :type, :version, :payload, :headers, :keys, CAST(:ran AS jsonb))"
+        f"{' RETURNING position' if positions else ''}"
+    ).bindparams(
+        _HOME,
+        bindparam("event_id", type_=Uuid()),
+        bindparam("version", type_=Integer()),
+        bindparam("payload", type_=LargeBinary()),
+        *(bindparam(name, type_=Text()) for name in ("type", "headers", "keys", "ran")),
+    )
+    for positions in (False, True)
+}
+
 # One statement whatever their number; the transaction's id is worked out once, and before the first position is drawn.
 _APPEND: Final = {
     positions: text(
         "INSERT INTO whereupon_log (tx_id, event_id, type, version, payload, headers, keys, ran) "
-        "SELECT (SELECT whereupon_xact_id()), e.event_id, e.type, e.version, e.payload, e.headers, e.keys, "
+        f"SELECT (SELECT {_XACT_ID}), e.event_id, e.type, e.version, e.payload, e.headers, e.keys, "
         "CAST(e.ran AS jsonb) FROM unnest(:event_id, :type, :version, :payload, :headers, :keys, :ran) "
         f"AS e (event_id, type, version, payload, headers, keys, ran){' RETURNING position' if positions else ''}"
     ).bindparams(
+        _HOME,
         bindparam("event_id", type_=ARRAY(Uuid())),
         bindparam("version", type_=ARRAY(Integer())),
         bindparam("payload", type_=ARRAY(LargeBinary())),
@@ -616,7 +654,7 @@ _CLAIM: Final = text(
 )
 
 _PULSE: Final = text(
-    "SELECT CAST(whereupon_snapshot() AS text) AS now, "
+    f"SELECT CAST({_NOW} AS text) AS now, "
     f"(SELECT true FROM whereupon_log l WHERE {_SINCE} {_BY_ID} LIMIT 1) IS NOT NULL "  # EXISTS would lose the order
     f"OR (SELECT true FROM whereupon_log l WHERE {_LATE} {_BY_ID} LIMIT 1) IS NOT NULL AS grown, "
     "(SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "
@@ -627,7 +665,10 @@ _PULSE: Final = text(
     "AS restless, (SELECT string_agg(CAST(p.id AS text) || p.serves, ' ' ORDER BY p.id) FROM whereupon_process p "
     "WHERE p.in_flight > 0 AND p.lease_until > statement_timestamp()) AS workers"
 ).bindparams(
-    bindparam("owner", type_=Uuid()), bindparam("names", type_=ARRAY(Text())), bindparam("floor", type_=BigInteger())
+    _HOME,
+    bindparam("owner", type_=Uuid()),
+    bindparam("names", type_=ARRAY(Text())),
+    bindparam("floor", type_=BigInteger()),
 )
 
 _DONE = (

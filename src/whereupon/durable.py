@@ -395,10 +395,12 @@ class EventBus(Subscribing):
         _refuse_twins(events)
         staged = [self._staged(event, given) for event in events]
         await self._ready()
-        connection = await session.run_sync(self._connect)
         inside = [[s for s in self.subscriptions.hearing(type(item.event)) if _runs_inside(s)] for item in staged]
-        if any(inside):
-            await session.flush()  # an error of the publisher's own must not pass for a handler's
+        if not any(inside):
+            await session.run_sync(self._connect_and_stage, staged)
+            return DurableReceipt(self, events)
+        connection = await session.run_sync(self._connect)
+        await session.flush()  # an error of the publisher's own must not pass for a handler's
         # what a required handler refuses is undone as a whole, whether or not the publisher commits after that
         required = any(s.required for subscriptions in inside for s in subscriptions)
         async with session.begin_nested() if required else nullcontext():
@@ -422,6 +424,9 @@ class EventBus(Subscribing):
             self._failed(subscription, item.event, error)
         item.failures.append((subscription, error))
         item.ran.append(subscription.name)  # what becomes of it is an exception's matter
+
+    def _connect_and_stage(self, session: Session, staged: list[_Staged]) -> None:
+        _staging.stage(session, self._connect(session), self, staged)
 
     def _connect(self, session: Session) -> Connection:
         connection = _staging.connection_of(session)
