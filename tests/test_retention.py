@@ -636,9 +636,9 @@ async def test_a_read_touches_only_the_partitions_that_may_hold_something_new(
     assert floor == 1050
     await publish(bus, *range(3))
     await execute(bus, "ANALYZE whereupon_log")
-    values = {"snapshot": now, "floor": floor}
-    window = {**values, "types": ["StockTaken"], "limit": 501}
-    pulse = {**values, "owner": uuid4(), "names": ["one"]}
+    values = {**_postgres._unseen_by(now), "floor": floor}
+    window = {**values, "home": None, "types": ["StockTaken"], "limit": 501}
+    pulse = {**values, "home": None, "owner": uuid4(), "names": ["one"]}
     page = {
         "snapshot": "3:3:", "target": now, "page": 550, "end": 590, "limit": 500, "types": ["StockTaken"]
     }  # fmt: skip
@@ -671,7 +671,7 @@ async def test_a_look_at_a_large_partition_uses_its_index_whatever_is_known_of_i
         await execute(bus, "ANALYZE whereupon_log")
     async with bus.engine.connect() as connection:
         now = await connection.scalar(text("SELECT CAST(pg_current_snapshot() AS text)"))
-    values = {"snapshot": now, "floor": 0}
+    values = {**_postgres._unseen_by(str(now)), "floor": 0, "home": None}
     looks: list[tuple[Any, dict[str, Any]]] = [(_postgres._PULSE, {**values, "owner": uuid4(), "names": ["one"]})]
     if analyzed:  # else a page of 500 is as cheap to sort out of so few, until they are more
         looks.append((_postgres._WINDOW[True, False], {**values, "types": ["StockTaken"], "limit": 501}))
