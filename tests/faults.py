@@ -586,20 +586,22 @@ def full(scene: Scene) -> None:
 class Kind(NamedTuple):
     inflict: Callable[[Scene], None]
     databases: tuple[str, ...]
+    lease: float = 15.0
+    """Seconds; short only where it has to run out, since a crowded machine may let a short one run out by itself."""
 
 
 _BOTH: Final = ("postgresql", "sqlite")
 KINDS: Final = {
-    "kills": Kind(kills, _BOTH),
+    "kills": Kind(kills, _BOTH, 3.0),
     "restarts": Kind(restarts, _BOTH),
     "publishers": Kind(publishers, _BOTH),
     "terminations": Kind(terminations, ("postgresql",)),
     "outages": Kind(outages, ("own server",)),
-    "stops": Kind(stops, _BOTH),
+    "stops": Kind(stops, _BOTH, 2.0),
     "clocks": Kind(clocks, ("postgresql",)),
     "full": Kind(full, ("small disk",)),
     "busy": Kind(busy, ("sqlite",)),
-    "blocks": Kind(blocks, _BOTH),
+    "blocks": Kind(blocks, _BOTH, 2.0),
     "steals": Kind(steals, _BOTH),
     "garbage": Kind(garbage, _BOTH),
     "crash_loop": Kind(crash_loop, _BOTH),
@@ -645,6 +647,7 @@ def run(name: str, database: str, *, postgres: str | None = None, seed: int = 1,
             url = stack.enter_context(empty_database(at))
         scene = Scene(url, folder, seed, short)
         scene.server = server
+        scene.settings = msgspec.structs.replace(scene.settings, lease=KINDS[name].lease)
         stack.callback(scene.end)
         scene.set_up()
         KINDS[name].inflict(scene)
