@@ -203,6 +203,11 @@ def _savepoint(connection: Connection, name: str | None) -> None:
     transaction.savepoints[name] = len(transaction.staged)
 
 
+def reuse_savepoint_names(connection: Connection) -> None:
+    """Where no savepoint is open: name the next one as the first was, so that the driver need not prepare it anew."""
+    connection._Connection__savepoint_seq = 0  # type: ignore[attr-defined]
+
+
 def _current(connection: Connection) -> _Transaction | None:
     """What is staged on a connection; a connection that broke has lost it, and says no more."""
     return None if connection.invalidated else connection.info.get(_KEY)

@@ -18,7 +18,7 @@ import msgspec
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from whereupon._staging import handed_out
+from whereupon._staging import handed_out, reuse_savepoint_names
 from whereupon.context import NO_METADATA, EventContext, Metadata, decode_metadata, handling
 from whereupon.errors import Discard, EventDecodingError, HandlerTimeout, LeaseLost, RetryLater, UnknownEventError
 from whereupon.event import DomainEvent
@@ -706,6 +706,8 @@ class Lane:
                         delivery.in_doubt = False
                         handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
                         delivery.began = time.perf_counter()
+                        if connection.sync_connection is not None:
+                            reuse_savepoint_names(connection.sync_connection)
                         savepoint = await connection.begin_nested()
                         try:
                             async with AsyncSession(
