@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True):
     seed: int = 1
 
 
-class TicketSold(DomainEvent):
+class TicketIssued(DomainEvent):
     account: int
     sequence: int
     """Of its account, from 1 on and without a gap: what is rolled back gives its number back."""
@@ -115,34 +115,34 @@ class Shop:
         again = Retry(max_attempts=50, first=0.02, longest=0.5)
         few = Retry(max_attempts=self.settings.attempts, first=0.02, longest=0.5)
         subscribe = self.bus.subscribe
-        subscribe(TicketSold, self.mail, name="mail", retry=again, lanes=4)
-        subscribe(TicketSold, self.letters, name="letters", retry=again, lanes=4, ordered_by="account")
-        subscribe(TicketSold, self.flaky, name="flaky", retry=again, lanes=2)
-        subscribe(TicketSold, self.risky, name="risky", retry=few, lanes=2)
-        subscribe(TicketSold, self.book, name="book", retry=again, lanes=4)
-        subscribe(TicketSold, self.ledger, name="ledger", retry=again, lanes=4, ordered_by="account")
+        subscribe(TicketIssued, self.mail, name="mail", retry=again, lanes=4)
+        subscribe(TicketIssued, self.letters, name="letters", retry=again, lanes=4, ordered_by="account")
+        subscribe(TicketIssued, self.flaky, name="flaky", retry=again, lanes=2)
+        subscribe(TicketIssued, self.risky, name="risky", retry=few, lanes=2)
+        subscribe(TicketIssued, self.book, name="book", retry=again, lanes=4)
+        subscribe(TicketIssued, self.ledger, name="ledger", retry=again, lanes=4, ordered_by="account")
         if self.settings.hears_all:
             subscribe(DomainEvent, self.everything, name="everything", retry=again, lanes=2)
 
     # --- handlers ---------------------------------------------------------------------------------------------------
 
-    async def mail(self, event: TicketSold, context: EventContext) -> None:
+    async def mail(self, event: TicketIssued, context: EventContext) -> None:
         if event.act == "block":
             time.sleep(1.5 * self.settings.lease)  # noqa: ASYNC251 - that is the fault
         await self._work()
         self._write("mail", event, context)
 
-    async def letters(self, event: TicketSold, context: EventContext) -> None:
+    async def letters(self, event: TicketIssued, context: EventContext) -> None:
         await self._work()
         self._fail(self.settings.failing)
         self._write("letters", event, context)
 
-    async def flaky(self, event: TicketSold, context: EventContext) -> None:
+    async def flaky(self, event: TicketIssued, context: EventContext) -> None:
         self._fail(4 * self.settings.failing)
         await self._work()
         self._write("flaky", event, context)
 
-    async def risky(self, event: TicketSold, context: EventContext) -> None:
+    async def risky(self, event: TicketIssued, context: EventContext) -> None:
         await self._work()
         if event.act == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -150,13 +150,13 @@ class Shop:
 
     async def everything(self, event: DomainEvent, context: EventContext) -> None: ...
 
-    async def book(self, event: TicketSold, session: AsyncSession) -> None:
+    async def book(self, event: TicketIssued, session: AsyncSession) -> None:
         await self._insert("book", event, session)
         if event.act == "block":
             time.sleep(1.5 * self.settings.lease)  # noqa: ASYNC251 - that is the fault
         await self._work()
 
-    async def ledger(self, event: TicketSold, session: AsyncSession) -> None:
+    async def ledger(self, event: TicketIssued, session: AsyncSession) -> None:
         await self._insert("ledger", event, session)
         await self._work()
         self._fail(self.settings.failing)
@@ -168,7 +168,7 @@ class Shop:
         if self.chance.random() < rate:
             raise RuntimeError("at random")
 
-    def _write(self, handler: str, event: TicketSold, context: EventContext) -> None:
+    def _write(self, handler: str, event: TicketIssued, context: EventContext) -> None:
         if self._effects is None:
             path = Path(self.settings.folder) / f"effects.{os.getpid()}"
             self._effects = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -178,7 +178,7 @@ class Shop:
         os.write(self._effects, line.encode())
 
     @staticmethod
-    async def _insert(handler: str, event: TicketSold, session: AsyncSession) -> None:
+    async def _insert(handler: str, event: TicketIssued, session: AsyncSession) -> None:
         await session.execute(
             text(
                 "INSERT INTO effect SELECT CAST(:handler AS VARCHAR(20)), CAST(:event_id AS VARCHAR(36)), "
@@ -242,7 +242,7 @@ class Shop:
             text("UPDATE account SET last = last + 1 WHERE id = :account RETURNING last"), {"account": account}
         )
         assert isinstance(sequence, int)
-        event = TicketSold(account=account, sequence=sequence, act=act)
+        event = TicketIssued(account=account, sequence=sequence, act=act)
         await session.execute(
             text("INSERT INTO sold VALUES (:event_id, :account, :sequence)"),
             {"event_id": str(event.event_id), "account": account, "sequence": sequence},

@@ -511,7 +511,7 @@ def garbage(scene: Scene) -> None:
     for number, changes in enumerate(spoilt):
         row: dict[str, Any] = {
             "event_id": f"{number:032x}",
-            "type": "TicketSold",
+            "type": "TicketIssued",
             "version": 1,
             "payload": b'{"event_id": "00000000-0000-0000-0000-000000000001", "occurred_at": "2026-01-01T00:00:00Z", '
             b'"account": -7, "sequence": 1, "act": ""}',
@@ -537,7 +537,7 @@ def garbage(scene: Scene) -> None:
 def _garbage_is_visible(scene: Scene) -> None:
     """After all was delivered: each spoilt row is an exception with a reason, for whoever hears its type."""
     found = scene.ask("SELECT subscription, event_id, type, state, error_type, error_message FROM whereupon_exception")
-    seen = Counter(row.subscription for row in found if row.type == "TicketSold" and row.state == "dead")
+    seen = Counter(row.subscription for row in found if row.type == "TicketIssued" and row.state == "dead")
     spoilt = scene.hits - 1
     for name in (*HANDLERS, "everything"):
         if seen[name] != spoilt:

@@ -235,3 +235,19 @@ async def test_on_a_terminal_it_asks_and_does_only_what_was_agreed_to(
     assert b"Do it? [y/N]" in errors
     [crates] = await bus.operator.handlers()
     assert crates.paused is paused
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_range_is_replayed_and_a_definition_adopted_with_a_reason(bus: EventBus, dock: Path) -> None:
+    events = await load(bus, *(("Anna", number, False) for number in range(4)))
+    await reaches(bus, events, ["succeeded"] * 4)
+    done = await answered(dock, "handlers", "replay", "crates", "dock:bus", "--reason", "water in the hold", "--yes")
+    assert done["generation"] == 1
+    async with asyncio.timeout(30):
+        while await loaded(bus, "Anna") != [0, 1, 2, 3, 0, 1, 2, 3]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    done = await answered(dock, "handlers", "adopt", "crates", "dock:bus", "--reason", "to be sure", "--yes")
+    assert done["changed"] is False
+    assert [(action.action, action.reason) for action in await bus.operator.actions("crates")] == [
+        ("replay", "water in the hold")
+    ]

@@ -22,7 +22,7 @@ ONCE = Retry(max_attempts=1)
 POLL = 0.05
 
 
-class ParcelSent(DomainEvent):
+class ParcelPosted(DomainEvent):
     road: str
     number: int
     torn: bool = False
@@ -40,13 +40,13 @@ class Depot:
         self.running = 0
         self.most = 0
         self.buses: list[EventBus] = []
-        self.torn: Callable[[ParcelSent], bool] = lambda event: event.torn
+        self.torn: Callable[[ParcelPosted], bool] = lambda event: event.torn
 
     def bus(self, *, work: float = 0, transactional: bool = False, **options: Any) -> EventBus:
         bus = EventBus(self.url, create_tables=True, poll_interval=POLL, lease=2)
         self.buses.append(bus)
 
-        async def handle(event: ParcelSent, context: EventContext) -> None:
+        async def handle(event: ParcelPosted, context: EventContext) -> None:
             self.calls[event.number] += 1
             self.contexts.append(context)
             self.running += 1
@@ -60,16 +60,16 @@ class Depot:
             finally:
                 self.running -= 1
 
-        async def handle_in_transaction(event: ParcelSent, context: EventContext, session: AsyncSession) -> None:
+        async def handle_in_transaction(event: ParcelPosted, context: EventContext, session: AsyncSession) -> None:
             await session.execute(text("SELECT 1"))
             await handle(event, context)
 
         chosen = handle_in_transaction if transactional else handle
-        bus.subscribe(ParcelSent, chosen, name="parcels", **{"retry": ONCE, **options})
+        bus.subscribe(ParcelPosted, chosen, name="parcels", **{"retry": ONCE, **options})
         return bus
 
-    async def send(self, bus: EventBus, *parcels: tuple[str, int] | tuple[str, int, bool]) -> list[ParcelSent]:
-        events = [ParcelSent(road=road, number=number, torn=torn == [True]) for road, number, *torn in parcels]
+    async def send(self, bus: EventBus, *parcels: tuple[str, int] | tuple[str, int, bool]) -> list[ParcelPosted]:
+        events = [ParcelPosted(road=road, number=number, torn=torn == [True]) for road, number, *torn in parcels]
         async with AsyncSession(bus.engine) as session, session.begin():
             await bus.publish(*events, session=session)
         return events
@@ -83,12 +83,12 @@ async def depot(database_url: str) -> AsyncIterator[Depot]:
         await bus.engine.dispose()
 
 
-async def states(bus: EventBus, events: list[ParcelSent]) -> list[str]:
+async def states(bus: EventBus, events: list[ParcelPosted]) -> list[str]:
     found = {state.event_id: state.state for state in await bus.deliveries(*(event.event_id for event in events))}
     return [found[event.event_id] for event in events]
 
 
-async def reaches(bus: EventBus, events: list[ParcelSent], expected: list[str], within: float = 15) -> None:
+async def reaches(bus: EventBus, events: list[ParcelPosted], expected: list[str], within: float = 15) -> None:
     """Wait until the deliveries of these are in these states."""
     found: list[str] = []
     try:
@@ -190,7 +190,7 @@ async def test_an_action_without_a_reason_is_refused(depot: Depot, reason: str) 
 # --- dead letters -----------------------------------------------------------------------------------------------------
 
 
-async def with_a_dead_head(depot: Depot, owner: EventBus) -> list[ParcelSent]:
+async def with_a_dead_head(depot: Depot, owner: EventBus) -> list[ParcelPosted]:
     events = await depot.send(
         owner, ("long", 0), ("long", 1, True), ("long", 2), ("short", 0), ("long", 3), ("short", 1)
     )
@@ -257,7 +257,7 @@ async def test_an_edited_head_is_delivered_as_edited_and_its_key_follows(depot: 
     async with owner:
         events = await with_a_dead_head(depot, owner)
         bad = events[1]
-        mended = ParcelSent(event_id=bad.event_id, occurred_at=bad.occurred_at, road="long", number=11)
+        mended = ParcelPosted(event_id=bad.event_id, occurred_at=bad.occurred_at, road="long", number=11)
         replacement: Any = {
             "event": mended,
             "fields": {"road": "long", "number": 11},
@@ -279,11 +279,11 @@ async def test_an_edited_head_is_delivered_as_edited_and_its_key_follows(depot: 
     [
         ({"road": "long"}, "could not be delivered either: .*missing required field `number`"),
         ({"road": "long", "number": "eleven"}, "could not be delivered either: .*Expected `int`, got `str`"),
-        ({"road": "long", "number": 11, "weight": 2}, "ParcelSent has no field weight: it has .*number"),
+        ({"road": "long", "number": 11, "weight": 2}, "ParcelPosted has no field weight: it has .*number"),
         ({"road": "short", "number": 11}, "ordered by road, and this delivery has its place behind others of 'long'"),
         (b"{", "could not be delivered either"),
-        (ParcelSent(road="long", number=11), "an edited event keeps its id.*Make it with event_id=UUID"),
-        ({"road": "long", "number": 1, "event_id": str(ParcelSent(road="", number=0).event_id)}, "keeps its id"),
+        (ParcelPosted(road="long", number=11), "an edited event keeps its id.*Make it with event_id=UUID"),
+        ({"road": "long", "number": 1, "event_id": str(ParcelPosted(road="", number=0).event_id)}, "keeps its id"),
     ],
 )
 async def test_what_would_not_be_delivered_is_no_replacement(depot: Depot, replacement: Any, reason: str) -> None:
@@ -339,7 +339,7 @@ async def test_only_what_no_handler_has_in_hand_can_be_settled_by_hand(depot: De
 async def test_many_are_retried_or_skipped_by_subscription_and_error_within_a_limit(depot: Depot) -> None:
     owner, desk = depot.bus(lanes=3), depot.bus()
 
-    def torn(event: ParcelSent) -> bool:
+    def torn(event: ParcelPosted) -> bool:
         if event.number % 3 == 0:
             raise KeyError(event.number)
         return True
@@ -378,7 +378,7 @@ async def test_keys_drain_in_order_while_operators_retry_edit_and_skip_under_loa
     chance = random.Random(7)
     roads = [f"road {number}" for number in range(6)]
     numbers = iter(range(10_000))
-    sent: list[ParcelSent] = []
+    sent: list[ParcelPosted] = []
     skipped: set[int] = set()
     mended: set[int] = set()
     depot.torn = lambda event: event.torn and event.number not in mended
@@ -540,7 +540,7 @@ async def test_lanes_change_under_load_and_nothing_is_lost_doubled_or_out_of_ord
 ) -> None:
     options: dict[str, Any] = {"lanes": before, "ordered_by": "road" if ordered else None}
     one, other, desk = (depot.bus(work=0.003, **options) for _ in range(3))
-    sent: list[ParcelSent] = []
+    sent: list[ParcelPosted] = []
     numbers = iter(range(10_000))
 
     async def load() -> None:
@@ -609,7 +609,7 @@ async def test_a_subscription_that_was_paused_stays_paused_with_its_new_lanes(de
 async def test_lanes_left_by_a_worker_that_died_are_not_changed(depot: Depot) -> None:
     desk = depot.bus(lanes=2)
     await desk.start(deliver=False)
-    nobody = ParcelSent(road="", number=0).event_id
+    nobody = ParcelPosted(road="", number=0).event_id
     async with desk.engine.begin() as connection:
         await connection.execute(update(schema.cursor).values(owner=nobody))
     with pytest.raises(ActionRefused, match="the worker that held lane 0 has died"):

@@ -24,7 +24,7 @@ BURNED = 5_000
 """Transaction ids that one of two clusters is ahead of the other."""
 
 
-class CrateMoved(DomainEvent):
+class CrateShipped(DomainEvent):
     number: int
 
 
@@ -65,12 +65,12 @@ def move(source: str, target: str, binaries: Path) -> None:
 def bus_on(url: str, heard: Counter[int], *, deliver: bool = True) -> EventBus:
     bus = EventBus(url, deliver=deliver, create_tables=True)
 
-    @bus.subscribe(CrateMoved, name="docker", ordered_by="number")
-    async def docker(event: CrateMoved) -> None:
+    @bus.subscribe(CrateShipped, name="docker", ordered_by="number")
+    async def docker(event: CrateShipped) -> None:
         heard[event.number] += 1
 
-    @bus.subscribe(CrateMoved, name="clerk", lanes=1)
-    async def clerk(event: CrateMoved) -> None:
+    @bus.subscribe(CrateShipped, name="clerk", lanes=1)
+    async def clerk(event: CrateShipped) -> None:
         heard[event.number] += 1
 
     return bus
@@ -79,7 +79,7 @@ def bus_on(url: str, heard: Counter[int], *, deliver: bool = True) -> EventBus:
 async def publish(bus: EventBus, numbers: range) -> None:
     for number in numbers:
         async with AsyncSession(bus.engine) as session, session.begin():
-            await bus.publish(CrateMoved(number=number), session=session)
+            await bus.publish(CrateShipped(number=number), session=session)
 
 
 @pytest.mark.parametrize("upwards", [False, True])
@@ -97,7 +97,7 @@ async def test_a_restored_database_delivers_what_was_not_handled_and_nothing_twi
             await bus.drain(20)
         publisher = bus_on(old, before, deliver=False)
         async with AsyncSession(publisher.engine) as late, late.begin():  # commits last, with an id among the first
-            await publisher.publish(CrateMoved(number=20), session=late)
+            await publisher.publish(CrateShipped(number=20), session=late)
             await late.flush()
             await publish(publisher, range(21, 30))
         await publisher.close()
@@ -141,7 +141,7 @@ async def test_what_commits_after_a_rebase_and_saw_the_database_before_it_is_del
         async with AsyncSession(slow) as session:
             await session.execute(text("SELECT 1"))  # its snapshot is taken, and knows no new cluster
             await publisher.rebase()
-            await publisher.publish(CrateMoved(number=4), session=session)
+            await publisher.publish(CrateShipped(number=4), session=session)
             await session.commit()
         await publisher.rebase()  # or a worker's upkeep, within a minute
         await publisher.close()

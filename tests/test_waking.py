@@ -30,7 +30,7 @@ class BellRung(DomainEvent):
     number: int
 
 
-class DoorOpened(DomainEvent):
+class GateOpened(DomainEvent):
     number: int
 
 
@@ -151,7 +151,7 @@ async def test_closing_a_bus_sends_what_it_has_not_told_yet(url: str, publisher:
 async def test_a_worker_is_not_woken_for_types_that_it_does_not_hear(url: str, publisher: EventBus) -> None:
     worker = deaf_for_long(url)
     worker.subscribe(BellRung, _nothing, name="bells")
-    publisher.subscribe(DoorOpened, _door, name="doors")
+    publisher.subscribe(GateOpened, _door, name="doors")
     told: list[frozenset[str] | None] = []
     async with worker:
         await until(lambda: hears(worker))
@@ -167,15 +167,15 @@ async def test_a_worker_is_not_woken_for_types_that_it_does_not_hear(url: str, p
             wake(types)
 
         listener._on_ring = on_ring
-        await publish(publisher, DoorOpened(number=1))
-        await until(lambda: told == [frozenset({"DoorOpened"})])
+        await publish(publisher, GateOpened(number=1))
+        await until(lambda: told == [frozenset({"GateOpened"})])
         assert worker._worker._looks == looks
         await publish(publisher, BellRung(number=1))
         await until(lambda: len(told) == 2)
         assert worker._worker._looks > looks
 
 
-async def _door(event: DoorOpened) -> None: ...
+async def _door(event: GateOpened) -> None: ...
 
 
 async def test_a_lone_worker_that_publishes_itself_notifies_nobody(url: str, publisher: EventBus) -> None:

@@ -366,3 +366,62 @@ async def test_a_worker_outlasts_another_process_that_locks_the_file(bus: EventB
     await asyncio.to_thread(lock)
     await bus.wait_settled(events, 20)
     assert await effects(bus) == Counter((number, "") for number in range(40))
+
+
+STUCK = """
+import os, time
+import whereupon.lease
+from whereupon import DomainEvent, EventBus
+
+whereupon.lease.GRACE = 1.0
+bus = EventBus(os.environ["DATABASE"], lease=1, poll_interval=0.05)
+
+class TicketSold(DomainEvent):
+    number: int
+
+@bus.subscribe(TicketSold, name="tickets", timeout=0.5)
+async def tickets(event: TicketSold) -> None:
+    if os.environ.get("STICK"):
+        while True:
+            time.sleep(1)
+    async with bus.engine.begin() as connection:
+        await connection.exec_driver_sql(f"INSERT INTO effect VALUES ({event.number}, '')")
+"""
+
+
+async def test_a_process_that_is_stuck_for_longer_than_any_handler_may_take_ends_itself(
+    bus: EventBus, database_url: str, tmp_path: Path
+) -> None:
+    """Interleaving 5: the thread that renews its lease would keep it alive for ever."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+
+    def start(**environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "whereupon.cli", "worker", "stuck:bus"],
+            cwd=tmp_path,
+            env={**os.environ, "DATABASE": database_url, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    async with AsyncSession(bus.engine) as session, session.begin():
+        await bus.publish(TicketSold(number=7), session=session)
+    stuck = start(STICK="1")
+    try:
+        _, said = await asyncio.to_thread(stuck.communicate, timeout=60)
+    finally:
+        stuck.kill()
+    assert stuck.returncode == 70
+    assert "the event loop has not moved" in said
+    assert 'stuck.py", line' in said, "it writes down where it was"
+    other = start()
+    try:
+        async with asyncio.timeout(60):
+            while True:
+                async with bus.engine.connect() as connection:
+                    if list(await connection.scalars(text("SELECT number FROM effect"))) == [7]:
+                        break
+                await asyncio.sleep(0.05)
+    finally:
+        other.terminate()
+        await asyncio.to_thread(other.communicate, timeout=30)

@@ -601,7 +601,7 @@ class Upkeep:
 
     async def _make_partitions(self) -> None:
         if made := await make_partitions(self._store):
-            self._log("info", "log_partitions_made", partitions=made)
+            self._log("debug", "log_partitions_made", partitions=made)
 
     async def _place(self) -> None:
         """What a publisher wrote after a rebase, in a transaction that has seen the database as it was before."""

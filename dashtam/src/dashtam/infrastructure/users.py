@@ -52,9 +52,9 @@ class SqlUserRepository:
 
     async def find_by_id(self, user_id: UUID, *, for_update: bool = False) -> User | None:
         session = self._database.current("UserRepository.find_by_id")
-        if for_update and session.get_bind().dialect.name == "sqlite":
+        if session.get_bind().dialect.name == "sqlite":
             # SQLite has no row locks. A transaction that reads first may find, when it writes, that somebody else has
-            # written; one that writes first, if only nothing, has the database to itself from then on.
+            # written, and is refused; one that writes first, if only nothing, has the database to itself from then on.
             await session.execute(update(UserModel).where(UserModel.id == user_id).values(id=UserModel.id))
         lock = for_update and session.get_bind().dialect.name != "sqlite"
         return _user(await session.get(UserModel, user_id, populate_existing=True, with_for_update=lock))
