@@ -514,7 +514,10 @@ class EventBus(Subscribing):
         try:
             if self._loop is None:
                 raise RuntimeError("the bus was closed")
-            self._loop.call_soon_threadsafe(self._run_due)
+            if asyncio._get_running_loop() is self._loop:
+                self._loop.call_soon(self._run_due)
+            else:  # a sync session of another thread; waking the loop up from there costs a system call
+                self._loop.call_soon_threadsafe(self._run_due)
         except RuntimeError as error:
             self._lose_due(error)
 

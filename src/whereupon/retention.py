@@ -600,8 +600,7 @@ class Upkeep:
             await store.load_marks(connection)
 
     async def _make_partitions(self) -> None:
-        if made := await make_partitions(self._store):
-            self._log("debug", "log_partitions_made", partitions=made)
+        await make_partitions(self._store)
 
     async def _place(self) -> None:
         """What a publisher wrote after a rebase, in a transaction that has seen the database as it was before."""
