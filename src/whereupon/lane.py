@@ -127,6 +127,8 @@ class Delivery(msgspec.Struct, gc=False, eq=False):
     """Whether what became of it is committed."""
     ended: bool = False
     """Whether its handler is done."""
+    shares_slot: bool = False
+    """Whether it runs one after the other with those of its batch, which count as one of those that run at once."""
     parking: bool = False
     """Whether it is to wait among the exceptions for an earlier one of its key."""
     cut_short: bool = False
@@ -487,7 +489,7 @@ class Lane:
 
     def take_slot(self, delivery: Delivery) -> None:
         self.worker.free -= 1
-        self.share.free -= 1
+        self.share.free -= not delivery.shares_slot
         self.active.add(delivery)
         if self.set_aside:
             self.set_aside.discard(delivery.position)
@@ -542,7 +544,7 @@ class Lane:
     def end_of(self, delivery: Delivery) -> None:
         delivery.ended = True
         delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
-        self.share.free += 1
+        self.share.free += not delivery.shares_slot
         self.to_settle(delivery)  # before those that are to wait for it: the head of a key is the first to arrive
         if delivery.key is not None:
             self._next_of(delivery)
@@ -563,7 +565,7 @@ class Lane:
     def _put_back(self, delivery: Delivery) -> None:
         """A stop cut the handler short: the cursor stays before it, and a retry goes back among the exceptions."""
         delivery.ended = True
-        self.share.free += 1
+        self.share.free += not delivery.shares_slot
         if delivery.exceptional and not self.lost:
             delivery.failure = delivery.put_back()
             self.to_settle(delivery)
@@ -633,10 +635,10 @@ class Lane:
         """Run the handler in a task, with those that may share its transaction; return how many."""
         together = [first]
         if self.subscription.batch > 1 and not first.careful:
-            most = min(self.subscription.batch, self.worker.free, self.share.free)
-            together += self.share.neighbours(first, most - 1)
+            together += self.share.neighbours(first, min(self.subscription.batch, self.worker.free) - 1)
         readable = []
         for delivery in together:
+            delivery.shares_slot = delivery is not first
             self.take_slot(delivery)
             if self.readable(delivery):
                 readable.append(delivery)
@@ -798,7 +800,7 @@ class Lane:
         """Their transaction has committed, and with it the record that they ran."""
         for delivery in deliveries:
             delivery.stored = delivery.settled = delivery.ended = True
-            self.share.free += 1
+            self.share.free += not delivery.shares_slot
             self._next_of(delivery)
             self.let_go(delivery)
         self._pass_settled()
