@@ -1,4 +1,4 @@
-"""Events of one account are handled in order; behind a dead one the later ones wait. Run it: python examples/order.py"""
+"""Events of one account are handled in order; behind a dead one later ones wait. Run it: python examples/order.py"""
 
 import asyncio
 from decimal import Decimal
