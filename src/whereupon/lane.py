@@ -53,8 +53,6 @@ UNKNOWN_WAIT: Final = 60.0
 """Seconds between two looks at an event that this build does not know; a newer worker may have come meanwhile."""
 EPOCH: Final = time.time() - time.perf_counter()
 """Seconds from 1970 to the zero of `time.perf_counter`."""
-FOLLOWING: Final = 100
-"""How many deliveries that were parked behind the head of a key are taken up together with it."""
 RERUNS: Final = 50
 """How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
 
@@ -341,8 +339,6 @@ class Lane:
         """What has begun and is not settled."""
         self.chains: dict[str, deque[Delivery]] = {}
         """For each key of which a delivery is queued or runs: those that follow it."""
-        self.queues: dict[str, deque[Delivery]] = {}
-        """For each key of which an exception is queued or runs: those that were parked behind it, recorded as begun."""
         self.since = time.monotonic()
         self.blocked = cursor.blocked
         self.blocking: dict[str, int] = {}
@@ -432,7 +428,7 @@ class Lane:
         assert key is not None
         if (chain := self.chains.get(key)) is not None:
             chain.append(delivery)
-        elif key in self.queues or self.blocked.get(key) or self.blocking.get(key):
+        elif self.blocked.get(key) or self.blocking.get(key):
             self._park(delivery)
         else:
             self.chains[key] = deque()
@@ -442,7 +438,6 @@ class Lane:
     def _park(self, delivery: Delivery) -> None:
         assert delivery.key is not None
         delivery.parking = True
-        self.set_aside.discard(delivery.position)
         delivery.failure = delivery.parked()
         self.blocking[delivery.key] = self.blocking.get(delivery.key, 0) + 1
         self.worker.free -= 1
@@ -457,17 +452,6 @@ class Lane:
         blocks = delivery.failure is not None and delivery.failure.state in BLOCKING
         if blocks:
             self.blocking[key] = self.blocking.get(key, 0) + 1
-        if (queue := self.queues.pop(key, None)) is not None:
-            if blocks or self.releasing or self.worker.stopping:
-                for follower in queue:
-                    self._park(follower)
-            elif queue:
-                follower = queue.popleft()
-                self.queues[key] = queue
-                follower.head = True
-                self.share.queue.appendleft(follower)
-                self.worker.pump()
-            return
         chain = self.chains.pop(key, None)
         if not chain or self.releasing:  # the next owner reads them again
             return
@@ -983,40 +967,19 @@ class Lane:
                 self.due = False
                 held = {delivery.position for delivery in self.active} | self.set_aside
                 try:
-                    found = await self.store.due(connection, self.cursor, held, room, FOLLOWING)
+                    found = await self.store.due(connection, self.cursor, held, room)
                     await connection.commit()
                 except BaseException:
                     self.due = True
                     raise
-                heads = [one for one in found if not (one.follows or one.behind)]
                 for one in found:
-                    if one.behind:
-                        self._park(self._due_delivery(one))
-                    elif one.follows:
-                        assert one.key is not None
-                        self.queues.setdefault(one.key, deque()).append(self._due_delivery(one))
-                        self.set_aside.add(one.row.position)
-                for one in heads:
                     self._begin_due(one)
-                self.due = self.due or len(heads) == room
+                self.due = self.due or len(found) == room
         finally:
             self._taking_due = False
 
-    def _due_delivery(self, one: Due) -> Delivery:
-        return Delivery(self, Logged(one.row), one.row.position, one.key, one.attempt, exceptional=True)
-
-    def put_back_followers(self) -> None:
-        """Park again what was to begin after an exception of its key: this worker begins nothing more."""
-        waiting = [delivery for delivery in self.share.queue if delivery.lane is self and delivery.exceptional]
-        self.share.withdraw(self)
-        for queue in self.queues.values():
-            waiting += queue
-        self.queues.clear()
-        for delivery in waiting:
-            self._park(delivery)
-
     def _begin_due(self, one: Due) -> None:
-        delivery = self._due_delivery(one)
+        delivery = Delivery(self, Logged(one.row), one.row.position, one.key, one.attempt, exceptional=True)
         if one.interrupted and one.alone and one.attempt > self.subscription.retry.max_attempts:
             self.crash_loop(delivery)
         elif one.interrupted:

@@ -79,10 +79,6 @@ class Due(NamedTuple):
     alone: bool
     """Whether that attempt was the only one that ran in its process, so that it is to blame."""
     key: str | None
-    follows: bool = False
-    """Whether it was parked behind the one before it in the list, and may begin once that has succeeded."""
-    behind: bool = False
-    """Whether it was interrupted, and an earlier one of its key is open: it has to wait again."""
 
 
 class LaneKey(NamedTuple):
@@ -672,14 +668,11 @@ class Store(abc.ABC):
                 .values(crashes=0)
             )
 
-    async def due(
-        self, connection: AsyncConnection, cursor: Cursor, active: Collection[int], limit: int, following: int = 0
-    ) -> list[Due]:
+    async def due(self, connection: AsyncConnection, cursor: Cursor, active: Collection[int], limit: int) -> list[Due]:
         """Exceptions to be tried now; the attempt is recorded before it starts, under the cursor's token.
 
         One that is marked as running, but at none of the positions that are `active` here, was interrupted: for that
-        nothing is recorded yet. After the head of a key come those parked behind it, `following` of them at most in
-        all: so that a key with a long queue is not served by one transaction each.
+        nothing is recorded yet.
         """
         await self.fence(connection, cursor)
         found = await connection.execute(
@@ -696,22 +689,8 @@ class Store(abc.ABC):
             .order_by(exception.c.next_at, exception.c.id)
             .limit(limit)
         )
-        rows: list[Any] = []
-        followers: set[int] = set()
-        for head in found.all():
-            rows.append(head)
-            if head.key is not None and head.state != RUNNING and len(followers) < following:
-                parked = await connection.execute(
-                    select(exception)
-                    .where(_at(exception, cursor.key), exception.c.key == head.key, exception.c.state == PARKED)
-                    .order_by(exception.c.id)
-                    .limit(following - len(followers))
-                )
-                behind = parked.all()
-                followers.update(row.id for row in behind)
-                rows += behind
+        rows = found.all()
         begun = [row.id for row in rows if row.state != RUNNING]
-        heads = await self._heads(connection, cursor, {row.key for row in rows if row.state == RUNNING and row.key})
         if begun:
             await connection.execute(
                 update(exception)
@@ -730,22 +709,9 @@ class Store(abc.ABC):
                 row.state == RUNNING,
                 bool(row.alone),
                 row.key,
-                row.id in followers,
-                row.state == RUNNING and row.key in heads and heads[row.key] != row.id,
             )
             for row in rows
         ]  # fmt: skip
-
-    async def _heads(self, connection: AsyncConnection, cursor: Cursor, keys: Collection[str]) -> dict[str, int]:
-        """The first open exception of each of these keys."""
-        if not keys:
-            return {}
-        found = await connection.execute(
-            select(exception.c.key, func.min(exception.c.id))
-            .where(_at(exception, cursor.key), exception.c.key.in_(keys), exception.c.state.in_(BLOCKING))
-            .group_by(exception.c.key)
-        )
-        return dict(iter(found.tuples()))
 
     async def next_due(self, cursors: Sequence[Cursor]) -> float | None:
         """Seconds until the first exception of these lanes is due, or None if none will be."""

@@ -224,8 +224,6 @@ class Worker:
         self.stopping = True
         for event in (self._tended, self._wake, self._moved, self._tend_now):
             event.set()
-        for lane in self.lanes.values():
-            lane.put_back_followers()
         await self._wait_for_deliveries(timeout)
         for lane in self.lanes.values():
             for delivery in list(lane.active):
@@ -440,7 +438,7 @@ class Worker:
             lane.releasing = True
             lane.attached = False
             lane.share.lanes.pop(lane.cursor.key.lane, None)
-            lane.put_back_followers()
+            lane.share.withdraw(lane)
             self._careful = deque(one for one in self._careful if one[0] is not lane)
             self.spawn(self._hand_over(lane))
 
