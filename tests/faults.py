@@ -130,6 +130,8 @@ class Scene:
         self.folder = folder
         self.short = short
         self.chance = random.Random(seed)
+        self.started: list[subprocess.Popen[bytes]] = []
+        """All of them, also those that have ended: each ends with its standard input, which is closed at the end."""
         self.workers: list[subprocess.Popen[bytes]] = []
         self.publishers: list[subprocess.Popen[bytes]] = []
         self.hits = 0
@@ -178,7 +180,7 @@ class Scene:
         number = next(self._numbers)
         settings = msgspec.structs.replace(self.settings, **{"seed": self.settings.seed + number, **changes})
         with (self.folder / f"stderr.{number}").open("wb") as errors:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
                 env={**os.environ, "SHOP": msgspec.json.encode(settings).decode()},
@@ -186,6 +188,8 @@ class Scene:
                 stdout=errors,
                 stderr=errors,
             )
+        self.started.append(process)
+        return process
 
     def load(self, workers: int, publishers: int = 2, **changes: Any) -> None:
         """Workers and publishers, at work."""
@@ -234,9 +238,11 @@ class Scene:
         self.publishers.clear()
 
     def end(self) -> None:
-        for process in (*self.workers, *self.publishers):
+        for process in self.started:
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         self.engine.dispose()
 
     # --- counting ---------------------------------------------------------------------------------------------------

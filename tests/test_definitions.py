@@ -77,7 +77,10 @@ async def test_two_builds_one_name_and_the_old_one_steps_over_nothing(database_u
             await until(by_new, 30)
             await new.drain(20)
         await publisher.close()
-    assert by_old == Counter({("TrainArrived", number): 1 for number in range(10)})
+    # what it had read by then it may have handled, as after a crash; what only the new build hears it never saw
+    assert {("TrainArrived", number) for number in range(10)} <= set(by_old)
+    assert set(by_old) <= {("TrainArrived", number) for number in range(20)}
+    assert max(by_old.values()) == 1
     assert by_new == Counter(
         {("TrainDelayed", number): 1 for number in range(10)} | {("TrainArrived", n): 1 for n in range(10, 30)}
     )

@@ -41,8 +41,14 @@ class Depot:
         self.most = 0
         self.buses: list[EventBus] = []
         self.torn: Callable[[ParcelPosted], bool] = lambda event: event.torn
+        self.declared: dict[str, Any] | None = None
+        """How the first bus declares the subscription; the others are of the same build."""
 
     def bus(self, *, work: float = 0, transactional: bool = False, **options: Any) -> EventBus:
+        if self.declared is None:
+            self.declared = {"transactional": transactional, "ordered_by": options.get("ordered_by")}
+        transactional = self.declared["transactional"]
+        options["ordered_by"] = self.declared["ordered_by"]
         bus = EventBus(self.url, create_tables=True, poll_interval=POLL, lease=2)
         self.buses.append(bus)
 

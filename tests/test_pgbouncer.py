@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 EVENTS = 300
 
 
-class TicketPrinted(DomainEvent):
+class TicketStamped(DomainEvent):
     number: int
 
 
@@ -50,13 +50,13 @@ def as_sqlalchemy_advises(url: str) -> AsyncEngine:
 async def tables(url: str) -> None:
     """Whereupon's own, and one that handlers write into; made past the pooler."""
     bus = EventBus(url, create_tables=True, deliver=False)
-    bus.subscribe(TicketPrinted, _nothing, name="calls")
-    bus.subscribe(TicketPrinted, _nothing, name="effects")
+    bus.subscribe(TicketStamped, _nothing, name="calls")
+    bus.subscribe(TicketStamped, _nothing, name="effects")
     async with bus, bus.engine.begin() as connection:
         await connection.execute(text("CREATE TABLE effect (number INTEGER NOT NULL)"))
 
 
-async def _nothing(event: TicketPrinted) -> None: ...
+async def _nothing(event: TicketStamped) -> None: ...
 
 
 async def deliver_all(workers: list[EventBus], publishers: list[EventBus], direct: str) -> Counter[int]:
@@ -65,26 +65,26 @@ async def deliver_all(workers: list[EventBus], publishers: list[EventBus], direc
     tries: Counter[int] = Counter()
     for bus in workers:
 
-        @bus.subscribe(TicketPrinted, name="calls", concurrency=20)
-        async def call(event: TicketPrinted) -> None:
+        @bus.subscribe(TicketStamped, name="calls", concurrency=20)
+        async def call(event: TicketStamped) -> None:
             calls[event.number] += 1
 
-        @bus.subscribe(TicketPrinted, name="effects", concurrency=4, retry=Retry(first=0, max_attempts=50))
-        async def effect(event: TicketPrinted, session: AsyncSession) -> None:
+        @bus.subscribe(TicketStamped, name="effects", concurrency=4, retry=Retry(first=0, max_attempts=50))
+        async def effect(event: TicketStamped, session: AsyncSession) -> None:
             await session.execute(text("INSERT INTO effect VALUES (:number)"), {"number": event.number})
             tries[event.number] += 1
             if event.number % 10 == 0 and tries[event.number] < 3:
                 raise ValueError("not yet")
 
     for bus in publishers:
-        bus.subscribe(TicketPrinted, _nothing, name="calls")
-        bus.subscribe(TicketPrinted, _nothing, name="effects")
+        bus.subscribe(TicketStamped, _nothing, name="calls")
+        bus.subscribe(TicketStamped, _nothing, name="effects")
     reference = create_async_engine(direct)
 
     async def publish(bus: EventBus, numbers: range) -> None:
         for number in numbers:
             async with AsyncSession(bus.engine) as session, session.begin():
-                await bus.publish(TicketPrinted(number=number), session=session)
+                await bus.publish(TicketStamped(number=number), session=session)
 
     try:
         async with AsyncExitStack() as stack:
@@ -153,13 +153,13 @@ async def test_a_bus_with_a_url_to_listen_at_leaves_nothing_in_the_sessions_of_a
         bus = EventBus(pooled, listen_url=postgres_url)
         delivered = asyncio.Event()
 
-        @bus.subscribe(TicketPrinted, name="calls")
-        async def call(event: TicketPrinted) -> None:
+        @bus.subscribe(TicketStamped, name="calls")
+        async def call(event: TicketStamped) -> None:
             delivered.set()
 
         async with bus:
             async with AsyncSession(bus.engine) as session, session.begin():
-                await bus.publish(TicketPrinted(number=1), session=session)
+                await bus.publish(TicketStamped(number=1), session=session)
             async with asyncio.timeout(10):
                 await delivered.wait()
         async with bus.engine.connect() as connection:  # the only session there is
@@ -183,8 +183,8 @@ async def test_a_listener_behind_a_pooler_says_once_that_it_is_deaf_and_how_to_h
     bus = EventBus(as_sqlalchemy_advises(pooled_url), logger=logs, poll_interval=0.05)
     heard: list[int] = []
 
-    @bus.subscribe(TicketPrinted, name="calls")
-    async def call(event: TicketPrinted) -> None:
+    @bus.subscribe(TicketStamped, name="calls")
+    async def call(event: TicketStamped) -> None:
         heard.append(event.number)
 
     async with bus:
@@ -194,7 +194,7 @@ async def test_a_listener_behind_a_pooler_says_once_that_it_is_deaf_and_how_to_h
         await asyncio.sleep(1)  # for more tries
         other = EventBus(postgres_url, deliver=False)
         async with AsyncSession(other.engine) as session, session.begin():
-            await other.publish(TicketPrinted(number=7), session=session)
+            await other.publish(TicketStamped(number=7), session=session)
         async with asyncio.timeout(10):
             while heard != [7]:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -212,8 +212,8 @@ async def test_a_listener_behind_a_pooler_in_session_mode_hears(postgres_url: st
         bus = EventBus(pooled, logger=logs, poll_interval=600)
         heard = asyncio.Event()
 
-        @bus.subscribe(TicketPrinted, name="calls")
-        async def call(event: TicketPrinted) -> None:
+        @bus.subscribe(TicketStamped, name="calls")
+        async def call(event: TicketStamped) -> None:
             heard.set()
 
         async with bus:
@@ -222,7 +222,7 @@ async def test_a_listener_behind_a_pooler_in_session_mode_hears(postgres_url: st
                     await asyncio.sleep(0.02)
                 other = EventBus(postgres_url, deliver=False)
                 async with AsyncSession(other.engine) as session, session.begin():
-                    await other.publish(TicketPrinted(number=7), session=session)
+                    await other.publish(TicketStamped(number=7), session=session)
                 await heard.wait()
             await other.close()
         assert not [name for level, name, _ in logs.all if level != "info"]
