@@ -7,8 +7,10 @@ from collections import Counter
 from contextlib import closing
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy import Connection, text
+from sqlalchemy.event import listens_for
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.util import await_only
 
 from tests.log_records import Records
 from whereupon import Delivery, DomainEvent, EventBus, Retry
@@ -197,3 +199,41 @@ async def test_a_handler_cancelled_while_it_waits_for_sqlites_lock_does_not_keep
             assert [state.state for state in await bus.deliveries(receipt.events[0].event_id)] == ["dead"]
     finally:
         gc.enable()
+
+
+class SeatSearchAttempted(DomainEvent):
+    number: int
+
+
+async def test_a_transaction_that_another_task_begins_is_not_taken_for_the_one_this_task_has_ended(
+    sqlite_url: str,
+) -> None:
+    """Both are of one pooled connection, and its driver says it is in a transaction before its owner is known."""
+    begun, published = asyncio.Event(), asyncio.Event()
+    engine = create_async_engine(sqlite_url, pool_size=1, max_overflow=1)
+
+    @listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+        if (task := asyncio.current_task()) is not None and task.get_name() == "reader":
+            begun.set()
+            await_only(published.wait())
+
+    async def read() -> None:
+        async with engine.begin() as connection:
+            await connection.execute(text("SELECT count(*) FROM seats"))
+
+    bus = EventBus(engine, create_tables=True)
+    try:
+        await bus.publish(SeatSearchAttempted(number=1))  # makes the tables
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE TABLE seats (number INTEGER)"))
+            await connection.execute(text("INSERT INTO seats VALUES (1)"))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(read(), name="reader")
+            await begun.wait()
+            await bus.publish(SeatSearchAttempted(number=2))
+            published.set()
+    finally:
+        await bus.close()
+        await engine.dispose()

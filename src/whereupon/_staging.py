@@ -185,7 +185,7 @@ def watch(engine: Engine) -> None:
     event.listen(engine, "savepoint", _savepoint)
     event.listen(engine, "rollback_savepoint", _rollback_savepoint)
     event.listen(engine, "release_savepoint", _release_savepoint)
-    event.listen(engine, "begin", _begin)
+    event.listen(engine, "begin", _begin, insert=True)  # before a listener that sends BEGIN, and waits for it
     event.listen(engine, "rollback", _rollback)
     event.listen(engine, "prepare_twophase", _prepare_twophase)
     event.listen(engine, "commit_twophase", _commit_twophase)
@@ -289,6 +289,8 @@ def _begin(connection: Connection) -> None:
 
 def _checkin(dbapi_connection: Any, record: ConnectionPoolEntry | PoolProxiedConnection) -> None:
     _conclude(record.info)
+    if (driver := record.driver_connection) is not None:
+        _begun.pop(driver, None)  # whoever takes it from the pool has begun nothing yet
 
 
 class _Begun(NamedTuple):
