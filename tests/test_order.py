@@ -338,3 +338,23 @@ async def test_a_rate_bounds_how_many_begin(buses: tuple[EventBus, EventBus]) ->
     # what had gathered while it was idle is one second's worth at most
     assert len(began) == 100
     assert began[-1] - began[0] > (100 - 40) / 40 * 0.9
+
+
+async def test_a_rate_bounds_what_is_tried_again_too(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+    began: list[float] = []
+    failed: set[int] = set()
+
+    @bus.subscribe(PageTurned, name="reader", rate=40, lanes=2, retry=Retry(max_attempts=2, first=0))
+    async def reader(event: PageTurned) -> None:
+        began.append(asyncio.get_running_loop().time())
+        if event.number not in failed:
+            failed.add(event.number)
+            raise RuntimeError("the page sticks")
+
+    async with bus:
+        await bus.drain(10)
+        events = await turn(bus, *((f"book {number}", number) for number in range(60)))
+        await bus.wait_settled(events, 30)
+    assert len(began) == 120
+    assert began[-1] - began[0] > (120 - 40) / 40 * 0.9

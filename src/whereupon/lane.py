@@ -279,17 +279,28 @@ class Share:
         return slower if self.rate is None else min(self.rate, slower)
 
     def _allowed(self, worker: Worker, rate: float) -> bool:
-        """Whether the subscription's rate lets another one begin; each lane has its part of it."""
+        """Whether the subscription's rate lets another one begin."""
+        if self._allowed_now(worker, rate) < 1:
+            return False
+        self._allowance -= 1
+        return True
+
+    def _allowed_now(self, worker: Worker, rate: float) -> int:
+        """How many the subscription's rate lets begin now; each lane has its part of it. If none, it pumps again later."""
         rate *= len(self.lanes) / self.count
         now = time.monotonic()
         self._allowance = min(max(1.0, rate), self._allowance + (now - self._allowed_at) * rate)
         self._allowed_at = now
-        if self._allowance >= 1:
-            self._allowance -= 1
-            return True
-        if rate > 0:
+        if self._allowance < 1 and rate > 0:
             worker.pump_in((1 - self._allowance) / rate)
-        return False
+        return int(self._allowance)
+
+    def retries_allowed(self, worker: Worker) -> int:
+        """How many retries the subscription's rate lets begin now."""
+        return FULL if self.rate is None else self._allowed_now(worker, self.rate)
+
+    def count_retries(self, number: int) -> None:
+        self._allowance -= number
 
     def neighbours(self, first: Delivery, most: int) -> list[Delivery]:
         """Take more of its lane out of the queue, which may share its transaction."""
@@ -956,7 +967,7 @@ class Lane:
 
     async def take_due(self) -> None:
         """Begin the exceptions whose time has come, as many as there is room for."""
-        room = min(self.worker.free, self.share.free)
+        room = min(self.worker.free, self.share.free, self.share.retries_allowed(self.worker))
         if room <= 0 or not self.may_take_due:
             return
         self._taking_due = True
@@ -972,6 +983,7 @@ class Lane:
                 except BaseException:
                     self.due = True
                     raise
+                self.share.count_retries(len(found))
                 for one in found:
                     self._begin_due(one)
                 self.due = self.due or len(found) == room

@@ -698,7 +698,7 @@ class Worker:
             self._begin_careful()
             return
         for lane in self.lanes.values():
-            if lane.due and self.free > 0 and lane.may_take_due:
+            if lane.due and self.free > 0 and lane.may_take_due and lane.share.retries_allowed(self) > 0:
                 self.spawn(self._take_due(lane))
         left = TURN
         begun = True
