@@ -141,6 +141,8 @@ class Scene:
         self.notes: list[str] = []
         self.checks: list[Callable[[Scene], None]] = []
         """What a fault wants to look at once all is delivered; what is wrong goes into the notes."""
+        self.operating: list[Callable[[Scene], None]] = []
+        """What somebody does again and again until all is delivered."""
         self.server: PostgresServer | None = None
         self.settings = Settings(url, str(folder), seed=seed)
         backend = make_url(url)
@@ -283,6 +285,8 @@ class Scene:
         self.end_publishing()
         give_up = began + SETTLED_WITHIN
         while (self.missing() > 0 or self.open_exceptions()) and time.monotonic() < give_up:
+            for operate in self.operating:
+                operate(self)
             time.sleep(0.1)
         recovery = time.monotonic() - began
         if self.open_exceptions():
@@ -499,6 +503,7 @@ def garbage(scene: Scene) -> None:
     """Rows that nobody can read lie in the log, amid good ones."""
     scene.settings = msgspec.structs.replace(scene.settings, hears_all=True)
     scene.checks.append(_garbage_is_visible)
+    scene.operating.append(_resume_what_is_halted)
     scene.load(2)
     spoilt: list[dict[str, Any]] = [
         {"payload": b"{not json"},
@@ -534,10 +539,22 @@ def garbage(scene: Scene) -> None:
             **row,
         )
         scene.hit()
+        for operate in scene.operating:
+            operate(scene)
         time.sleep(scene.chance.uniform(0, 0.1 if scene.short else 1))
     scene.dead_expected = (len(HANDLERS) + 1) * (len(spoilt) - 1)
     scene.open_expected = 1
     time.sleep(1)
+
+
+def _resume_what_is_halted(scene: Scene) -> None:
+    """Where the key of a row can't be told, who orders by it waits for somebody to say that the rest may go on."""
+    for (name,) in scene.ask("SELECT name FROM whereupon_subscription WHERE paused"):
+        subprocess.run(
+            [sys.executable, "-m", "whereupon.cli", "handlers", "resume", name, "--url", scene.url,
+             "--reason", "it is garbage", "--yes"],
+            check=True, capture_output=True, cwd=ROOT,
+        )  # fmt: skip
 
 
 def _garbage_is_visible(scene: Scene) -> None:

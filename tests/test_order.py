@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import event as sqlalchemy_events
-from sqlalchemy import text
+from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.notebook import until
 from whereupon import Discard, DomainEvent, EventBus, EventContext, Retry
 from whereupon.errors import SubscriptionError
+from whereupon.schema import log
 
 pytestmark = pytest.mark.integration
 
@@ -253,6 +255,75 @@ async def test_events_published_by_a_build_that_stored_no_keys_are_ordered_by_wh
         events = await turn(old, *((book, number) for number in range(10) for book in "abc"))
         await bus.wait_settled(events, 20)
     assert heard == {book: list(range(10)) for book in "abc"}
+
+
+async def spoil(bus: EventBus, event: PageTurned, payload: bytes = b"{") -> None:
+    async with bus.engine.begin() as connection:
+        await connection.execute(update(log).where(log.c.event_id == event.event_id).values(payload=payload))
+
+
+async def stored(bus: EventBus, event: PageTurned) -> bytes:
+    async with bus.engine.connect() as connection:
+        return bytes(await connection.scalar(select(log.c.payload).where(log.c.event_id == event.event_id)) or b"")
+
+
+async def halted(bus: EventBus) -> str:
+    """Wait until the ordered subscription is paused and nobody holds a lane of it; the reason."""
+    while True:
+        reader = next(one for one in await bus.operator.handlers() if one.name == "reader")
+        if reader.paused and not reader.held:
+            assert reader.paused_because
+            return reader.paused_because
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+async def test_nothing_passes_an_event_whose_key_cannot_be_told_before_somebody_says_so(
+    buses: tuple[EventBus, EventBus], database_url: str, repaired: bool
+) -> None:
+    publisher = EventBus(database_url)  # of a build that knows the event, and not that somebody orders it
+    heard: dict[str, list[int]] = defaultdict(list)
+    beside = Counter[int]()
+    for bus in buses:
+
+        @bus.subscribe(PageTurned, name="reader", ordered_by="book", lanes=3)
+        async def reader(event: PageTurned) -> None:
+            await asyncio.sleep(random.uniform(0, 0.004))
+            heard[event.book].append(event.number)
+
+        @bus.subscribe(PageTurned, name="librarian")
+        async def librarian(event: PageTurned) -> None:
+            beside[event.number] += 1
+
+        await bus.start(deliver=False)
+        await bus.close()
+    before = await turn(publisher, *((book, number) for number in range(10) for book in "abc"))
+    [spoilt] = await turn(publisher, ("a", 10))
+    whole = await stored(publisher, spoilt)
+    await spoil(publisher, spoilt)
+    after = await turn(publisher, *((book, number) for number in range(11, 20) for book in "abc"))
+    try:
+        async with buses[0], buses[1]:
+            reason = await asyncio.wait_for(halted(buses[0]), 20)
+            assert f"PageTurned {spoilt.event_id} at position 31" in reason
+            assert "which book it is of" in reason
+            assert all(numbers == list(range(len(numbers))) and len(numbers) <= 10 for numbers in heard.values())
+            await until(lambda: sum(beside.values()) == len(before + after))  # who orders nothing waits for nothing
+            if repaired:
+                await spoil(publisher, spoilt, whole)
+            await buses[0].operator.resume("reader", "looked at")
+            await buses[0].wait_settled([*before, spoilt, *after], 20)
+            found = {one.subscription: one.state for one in await buses[0].deliveries(spoilt.event_id)}
+            assert found["reader"] == ("succeeded" if repaired else "dead")
+        async with buses[1]:  # and a worker that was not there then goes on as well
+            more = await turn(publisher, ("a", 20))
+            await buses[1].wait_settled(more, 20)
+    finally:
+        await publisher.close()
+        await publisher.engine.dispose()
+    expected = {book: [number for number in range(20) if number != 10] for book in "bc"}
+    expected["a"] = [number for number in range(21) if repaired or number != 10]
+    assert heard == expected
 
 
 @pytest.mark.parametrize(

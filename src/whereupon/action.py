@@ -120,6 +120,8 @@ class HandlerState:
     lanes: int
     ordered_by: str | None
     paused: bool
+    paused_because: str | None
+    """What was said when it was paused, by an operator or by a worker."""
     created_at: datetime
     held: int
     """How many of its lanes a live worker owns."""
@@ -167,12 +169,18 @@ class Operator:
                 )
             ):
                 counts.setdefault(name, {})[state] = number
+            latest = select(func.max(action_table.c.id)).where(action_table.c.action == "pause")
+            said = select(action_table.c.subscription, action_table.c.reason).where(
+                action_table.c.id.in_(latest.group_by(action_table.c.subscription))
+            )
+            reasons = {row.subscription: row.reason for row in await connection.execute(said)}
         return [
             HandlerState(
                 name=row.name,
                 lanes=row.lanes,
                 ordered_by=row.ordered_by,
                 paused=bool(row.paused),
+                paused_because=reasons.get(row.name) if row.paused else None,
                 created_at=row.created_at,
                 held=held.get(row.name, 0),
                 exceptions=counts.get(row.name, {}),

@@ -392,6 +392,8 @@ def list_handlers(target: Where = None, /, *, url: Url = None, as_json: Json = F
         counts = "".join(f", {number} {state}" for state, number in sorted(one.exceptions.items()))
         served = "paused" if one.paused else f"{one.held} of {one.lanes} lanes held"
         answer(f"{one.name}: {served}{order}{counts}")
+        if one.paused_because:
+            answer(f"  {one.paused_because}")
     if not found:
         answer("no subscriptions.")
     return 0

@@ -286,7 +286,7 @@ class Share:
         return True
 
     def _allowed_now(self, worker: Worker, rate: float) -> int:
-        """How many the subscription's rate lets begin now; each lane has its part of it. If none, it pumps again later."""
+        """How many its rate lets begin now, of which each lane has its part; if none, it pumps again later."""
         rate *= len(self.lanes) / self.count
         now = time.monotonic()
         self._allowance = min(max(1.0, rate), self._allowance + (now - self._allowed_at) * rate)

@@ -26,9 +26,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
 from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost, SubscriptionConflictError
+from whereupon.schema import action, exception, history, log, process, without_nul
 from whereupon.schema import cursor as cursor_table
 from whereupon.schema import definition as definition_table
-from whereupon.schema import exception, history, log, process, without_nul
 from whereupon.schema import subscription as subscription_table
 from whereupon.subscription import Start, Subscription
 
@@ -618,6 +618,28 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
         """The cursors of a subscription, with what is done beyond their places, and no exceptions."""
+
+    async def halt(self, name: str, row: Row, reason: str) -> bool:
+        """Pause a subscription in front of an event; False if it was before, and somebody had it go on since."""
+        async with self.writing() as connection:
+            paused = await connection.scalar(
+                select(subscription_table.c.paused).where(subscription_table.c.name == name).with_for_update()
+            )
+            known = select(action.c.id).where(
+                action.c.subscription == name, action.c.event_id == row.event_id, action.c.action == "pause"
+            )
+            if await connection.scalar(known.limit(1)) is not None:
+                return bool(paused)
+            await connection.execute(
+                update(subscription_table).where(subscription_table.c.name == name).values(paused=True)
+            )
+            await connection.execute(
+                insert(action).values(
+                    at=self.later(0), author="whereupon", action="pause", subscription=name, generation=0,
+                    position=row.position, event_id=row.event_id, reason=without_nul(reason), details={},
+                )
+            )  # fmt: skip
+            return True
 
     @abc.abstractmethod
     async def lay(self, connection: AsyncConnection, keys: Sequence[LaneKey], place: Any, token: int) -> None:

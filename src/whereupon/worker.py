@@ -31,7 +31,7 @@ from whereupon.lane import FULL, Delivery, Lane, Logged, Share
 from whereupon.lease import Lease
 from whereupon.logs import Logger, message_of
 from whereupon.retention import MINUTE, Upkeep
-from whereupon.store import Cursor, LaneKey, LaneState, Layout, Move, Page, Remembered, Store
+from whereupon.store import Cursor, LaneKey, LaneState, Layout, Move, Page, Remembered, Row, Store
 from whereupon.subscription import Subscription
 
 T = TypeVar("T")
@@ -126,6 +126,9 @@ class Worker:
         self._ready: list[Lane] = []
         self._something_ready = Event()
         self._pump_due = False
+        self._halting: set[str] = set()
+        self._let_pass: set[tuple[str, int]] = set()
+        """Events that a subscription was stopped in front of, until an operator had it go on."""
         self._careful: deque[tuple[Lane, Delivery]] = deque()
         self._careful_one: Task[None] | None = None
         self._upkeep = Upkeep(store, retain=retain, log=self.log)
@@ -565,16 +568,52 @@ class Worker:
             self._recent.clear()
         self._moved.set()
 
-    def _lane_for(self, share: Share, logged: Logged) -> tuple[Lane, str | None] | None:
-        """The lane held here that an event belongs to, with its key; an event without a key that can be read waits."""
+    def _lane_for(self, share: Share, logged: Logged, reader: Lane | None = None) -> tuple[Lane, str | None] | None:
+        """The lane held here that an event belongs to, with its key; `reader` reads it alone, else all attached do.
+
+        Where the key can't be read, what follows could be of the same one: the subscription stops in front of it.
+        """
         try:
             key = share.key_of(logged, self)
             number = share.lane_for(logged, key)
-        except Exception:
-            # of which key it is can't be told; the first lane keeps it where everybody sees it
+        except Exception as error:
+            live = share is self.shares.get(share.subscription.name)
+            if live and (share.subscription.name, logged.row.position) not in self._let_pass:
+                self._halt(share, logged, error, reader)
+                return None
+            # an operator had it go on: the first lane keeps the event as a dead letter
             key, number = None, 0
         lane = share.lanes.get(number)
         return None if lane is None else (lane, key)
+
+    def _halt(self, share: Share, logged: Logged, error: Exception, reader: Lane | None) -> None:
+        """Stop in front of an event; the subscription is paused, so that somebody looks at it."""
+        at_it = [lane for lane in share.lanes.values() if lane.attached or lane is reader]
+        if not at_it:
+            return  # they are still on their way
+        for lane in list(share.lanes.values()):
+            if lane in at_it:
+                lane.read_to(self.store.within(logged.window, logged.row.position - 1))
+            self._release(lane)
+        if share.subscription.name not in self._halting:
+            self._halting.add(share.subscription.name)
+            self.spawn(self._pause_before(share.subscription, logged.row, error))
+
+    async def _pause_before(self, subscription: Subscription, row: Row, error: Exception) -> None:
+        name = subscription.name
+        reason = (
+            f"{row.type} {row.event_id} at position {row.position} can't be read, and nothing else tells which "
+            f"{subscription.ordered_by} it is of, so what follows could pass it ({message_of(error)}). Deploy a build "
+            "that can read it and resume; resumed without one, it becomes a dead letter and the rest goes on"
+        )
+        try:
+            if await self._with_database(lambda: self.store.halt(name, row, reason)):
+                self.log("error", "subscription_halted", subscription=name, worker=str(self.id), error_message=reason)
+            else:
+                self._let_pass.add((name, row.position))
+        finally:
+            self._halting.discard(name)
+            self._tend_now.set()
 
     def _hearing(self, stored_type: str) -> list[Share]:
         found = self._heard.get(stored_type)
@@ -593,6 +632,8 @@ class Worker:
                 if before == lane.read_place:
                     for _, page, logged in list(self._recent)[number:]:
                         self._offer_mine(lane, logged)
+                        if lane.releasing:
+                            return False
                         lane.read_to(page.after)
                     lane.attached = True
                     break
@@ -603,7 +644,9 @@ class Worker:
     def _offer_mine(self, lane: Lane, logged: Iterable[Logged]) -> None:
         for one in logged:
             if self.shares[lane.name] in self._hearing(one.row.type):
-                found = self._lane_for(lane.share, one)
+                found = self._lane_for(lane.share, one, lane)
+                if lane.releasing:
+                    return
                 if found is not None and found[0] is lane:
                     lane.offer(one, found[1])
         self.pump()
@@ -642,6 +685,8 @@ class Worker:
             if not self._goes_on(lane):
                 return
             self._offer_mine(lane, [Logged(row, page.window) for row in page.rows])
+            if lane.releasing:
+                return
             lane.read_to(page.after)
             lane.gathering = False
 
