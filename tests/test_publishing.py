@@ -31,6 +31,7 @@ from tests.notebook import (
     notebook,
     until,
 )
+from tests.proxy import Proxy, Side, cancelled
 from tests.statements import statements
 from whereupon import (
     AuditEventHandler,
@@ -390,46 +391,31 @@ async def test_cancelling_the_publisher_during_its_commit_leaves_both_or_neither
         await committed(notes)
 
 
-class Proxy:
+class Losing(Proxy):
     """A PostgreSQL server whose answer to a COMMIT can get lost."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.upstream = (host, port)
-        self.losing = False
-        self.port = 0
+    losing = False
 
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Proxy]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
-        try:
-            yield self
-        finally:
-            server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        theirs, up = await asyncio.open_connection(*self.upstream)
+    async def relay(self, client: Side, server: Side) -> None:
         lost = False
 
-        async def forward() -> None:
-            nonlocal lost
-            while data := await reader.read(65536):
-                lost = lost or (self.losing and b"COMMIT" in data)
-                up.write(data)
-            up.close()
-
         async def answer() -> None:
-            while data := await theirs.read(65536):
-                if lost:
-                    break
-                writer.write(data)
-            writer.close()
+            while (data := await server.reader.read(65536)) and not lost:
+                client.writer.write(data)
 
-        await asyncio.wait([asyncio.create_task(forward()), asyncio.create_task(answer())])
+        answering = asyncio.ensure_future(answer())
+        try:
+            while data := await client.reader.read(65536):
+                lost = lost or (self.losing and b"COMMIT" in data)
+                server.writer.write(data)
+                if lost:
+                    await answering
+                    break
+        finally:
+            await cancelled(answering)
 
 
 async def test_an_event_whose_commit_got_no_answer_is_delivered(postgres_url: str) -> None:
-    url = make_url(postgres_url)
     delivered: list[str] = []
     texts: list[str] = []
 
@@ -442,9 +428,9 @@ async def test_an_event_whose_commit_got_no_answer_is_delivered(postgres_url: st
 
     async with (
         notebook(postgres_url, subscribed=subscribed, deliver=True, poll_interval=0.05) as notes,
-        Proxy(url.host or "", url.port or 5432).running() as proxy,
+        Losing(postgres_url) as proxy,
     ):
-        engine = create_async_engine(url.set(host="127.0.0.1", port=proxy.port))
+        engine = create_async_engine(proxy.url)
         try:
             async with AsyncSession(engine) as session:
                 await notes.write(session, "in doubt")

@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from tests.notebook import Records, until
-from whereupon import DomainEvent, EventBus, Retry, _postgres, retention, worker
+from whereupon import DomainEvent, EventBus, Retry, Workflow, _postgres, retention, worker
 from whereupon._postgres import PostgresStore
 from whereupon.retention import Pruned, Upkeep, make_partitions, mark, partitions_of, prune
 
@@ -574,6 +574,46 @@ async def test_a_worker_makes_partitions_and_prunes_if_it_was_told_how_long_to_k
     assert logger.of("log_pruned") == [{"dropped": [], "deleted": 2, "held_by": []}]
     if bus.engine.dialect.name == "postgresql":
         assert "whereupon_log_2000001" in await names(bus)
+
+
+class BerthRequestAttempted(DomainEvent):
+    berth: int
+
+
+class BerthRequestSucceeded(DomainEvent):
+    berth: int
+
+
+class BerthRequestFailed(DomainEvent):
+    berth: int
+    reason: str
+
+
+BerthRequest = Workflow(BerthRequestAttempted, BerthRequestSucceeded, BerthRequestFailed)
+
+
+async def test_attempts_go_some_time_after_they_were_closed_and_open_ones_stay(bus: EventBus) -> None:
+    await bus.start(deliver=False)
+    sessions = async_sessionmaker(bus.engine)
+
+    async def request(berth: int) -> None:
+        async with bus.workflow(BerthRequest, berth=berth) as attempt, sessions.begin() as session:
+            await attempt.succeeded(berth=berth, session=session)
+
+    await request(1)
+    await request(2)
+    await execute(bus, "UPDATE whereupon_workflow SET closed_at = '2020-01-01 00:00:00.000000'")
+    await request(3)
+    async with bus.workflow(BerthRequest, berth=4) as attempt:
+        await execute(bus, "UPDATE whereupon_workflow SET opened_at = '2020-01-01 00:00:00.000000'")
+        assert (await bus.prune(older_than=timedelta(days=1), dry_run=True)).attempts == 2
+        assert len(await rows(bus, "SELECT 1 FROM whereupon_workflow")) == 4
+        assert (await bus.prune(older_than=timedelta(days=1))).attempts == 2
+        kept = await rows(bus, "SELECT state FROM whereupon_workflow ORDER BY closed_at IS NULL")
+        assert [row[0] for row in kept] == ["succeeded", "open"]
+        async with sessions.begin() as session:
+            await attempt.succeeded(berth=4, session=session)
+    await bus.close()
 
 
 async def test_a_bus_that_retains_for_so_long_prunes_while_it_runs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.proxy import Proxy
 from whereupon import DomainEvent, EventBus
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -270,54 +269,10 @@ async def test_a_handler_that_always_kills_its_process_ends_as_a_dead_letter(bus
     assert "crash loop" in str(state.error)
 
 
-class Proxy:
-    """Forwards TCP connections to a server, and can be closed as if that were down."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.target = (host, port)
-        with closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._pumps: set[asyncio.Task[None]] = set()
-
-    async def open(self) -> None:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
-
-    async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for writer in self._writers:
-            writer.transport.abort()
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        self._writers.clear()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        theirs, ours = await asyncio.open_connection(*self.target)
-        self._writers |= {writer, ours}
-        for source, sink in ((reader, ours), (theirs, writer)):
-            task = asyncio.ensure_future(self._pump(source, sink))
-            self._pumps.add(task)
-            task.add_done_callback(self._pumps.discard)
-
-    @staticmethod
-    async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):  # one side is gone: the other learns of it below
-            while data := await source.read(65536):
-                sink.write(data)
-                await sink.drain()
-        sink.close()
-
-
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_a_worker_waits_for_its_database_and_survives_an_outage(bus: EventBus, start: Starting) -> None:
-    url = bus.engine.url
-    proxy = Proxy(url.host or "127.0.0.1", url.port or 5432)
-    through = make_url(url).set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
-    worker = start(through, "transactional")
+    proxy = Proxy(bus.engine.url.render_as_string(hide_password=False))
+    worker = start(proxy.url, "transactional")
     assert worker.stderr is not None
     said = await asyncio.to_thread(worker.stderr.readline)
     assert "can't use the database" in said

@@ -23,6 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from tests.notebook import Records, until
+from tests.proxy import Proxy, Side, cancelled, forward
 from whereupon import (
     Delivery,
     DomainEvent,
@@ -501,61 +502,31 @@ async def test_leaving_the_bus_waits_for_outcomes_that_are_still_to_be_written(d
 # --- connections that break -------------------------------------------------------------------------------------------
 
 
-class Cut:
+class Cut(Proxy):
     """A proxy to PostgreSQL that can cut a connection at its COMMIT, before the server hears of it or after."""
 
     def __init__(self, url: str) -> None:
-        target = make_url(url)
-        self._target = (target.host or "127.0.0.1", target.port or 5432)
-        self._url = target
+        super().__init__(url)
         self.at: str | None = None
         """`before` or `after` the COMMIT: whether the server hears of it."""
         self.cuts = 0
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Cut:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = self._url.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.ensure_future(self._serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, forth = await asyncio.open_connection(*self._target)
-
-        async def answer() -> None:
-            while data := await back.read(65536):
-                writer.write(data)
-            writer.close()  # the server has ended it
-
-        answering = asyncio.ensure_future(answer())
+    async def relay(self, client: Side, server: Side) -> None:
+        answering = asyncio.ensure_future(forward(server, client))
+        answering.add_done_callback(lambda it: None if it.cancelled() else client.writer.close())  # the server ended it
         try:
-            while data := await reader.read(65536):
+            while data := await client.reader.read(65536):
                 if self.at is not None and b"COMMIT" in data and b"COMMITTED" not in data:
                     at, self.at = self.at, None
                     self.cuts += 1
-                    answering.cancel()
-                    await asyncio.gather(answering, return_exceptions=True)
+                    await cancelled(answering)
                     if at == "after":
-                        forth.write(data)
-                        await back.read(65536)  # it is committed, and the client will never know
+                        server.writer.write(data)
+                        await server.reader.read(65536)  # it is committed, and the client will never know
                     break
-                forth.write(data)
+                server.writer.write(data)
         finally:
-            answering.cancel()
-            await asyncio.gather(answering, return_exceptions=True)
-            for one in (writer, forth):
-                one.transport.abort()
+            await cancelled(answering)
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])

@@ -636,7 +636,9 @@ _APPEND: Final = {
 
 _CLAIM: Final = text(
     "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1, "
-    "crashes = CASE WHEN c.owner IS NULL OR c.owner = :owner THEN 0 ELSE least(c.crashes + 1, 10) END FROM ("
+    "crashes = CASE WHEN c.owner IS NULL OR c.owner = :owner THEN c.crashes "
+    "WHEN EXISTS (SELECT 1 FROM whereupon_process p WHERE p.id = c.owner AND p.alone) THEN 0 "
+    "ELSE least(c.crashes + 1, 10) END FROM ("
     "SELECT k.subscription, k.generation, k.lane FROM whereupon_cursor k "
     "JOIN unnest(:names, :generations, :lanes, :tokens) AS w (subscription, generation, lane, token) "
     "USING (subscription, generation, lane, token) "

@@ -147,6 +147,7 @@ class SQLiteStore(Store):
         cursors = []
         async with self.writing() as connection:
             for lane in lanes:
+                alone = select(process.c.id).where(process.c.id == cursor_table.c.owner, process.c.alone)
                 alive = select(process.c.id).where(
                     process.c.id == cursor_table.c.owner, process.c.lease_until > self.now
                 )
@@ -161,7 +162,11 @@ class SQLiteStore(Store):
                             owner=owner,
                             token=cursor_table.c.token + 1,
                             crashes=case(
-                                (cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner), 0),
+                                (
+                                    cursor_table.c.owner.is_(None) | (cursor_table.c.owner == owner),
+                                    cursor_table.c.crashes,
+                                ),
+                                (alone.exists(), 0),
                                 else_=func.min(cursor_table.c.crashes + 1, 10),
                             ),
                         )

@@ -274,7 +274,8 @@ def prune(
     """Delete old events that every subscription has passed, and tell what stays.
 
     What a cursor has not passed stays, however old it is: the answer names the subscription. Dead letters keep a copy
-    of their event, and hold nothing back. The history of calls goes after 7 days; the audit trail is never pruned.
+    of their event, and hold nothing back. The history of calls and attempts that are closed go after 7 days; the
+    audit trail is never pruned.
     """
     age = _age_of(older_than)
     bus = _bus_for(target, url)
@@ -312,7 +313,8 @@ def _told(report: Pruned) -> Iterator[str]:
     yield f"Events recorded before {report.before:%Y-%m-%d %H:%M:%S} UTC:"
     for dropped in report.dropped:
         yield f"  {dropped.name}, positions {dropped.first} to {dropped.last}: {would} as a whole"
-    yield f"  {report.deleted} {would} one by one; {report.history} rows of the history of calls {would}"
+    yield f"  {report.deleted} {would} one by one"
+    yield f"  {report.history} rows of the history of calls and {report.attempts} closed attempts {would}"
     for kept in report.kept:
         match kept.why:
             case "held":

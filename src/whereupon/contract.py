@@ -122,10 +122,15 @@ async def claim(store: Store, owner: UUID | None = None, name: str = READER) -> 
     return cursor
 
 
-async def take_over(store: Store, name: str = READER) -> Cursor:
-    """Take a lane from whoever has it, as if that one's lease had run out."""
+async def expire(store: Store) -> None:
+    """Have the leases of all processes run out."""
     async with store.writing() as connection:
         await connection.execute(process.update().values(lease_until=store.later(-1)))
+
+
+async def take_over(store: Store, name: str = READER) -> Cursor:
+    """Take a lane from whoever has it, as if that one's lease had run out."""
+    await expire(store)
     return await claim(store, name=name)
 
 
@@ -720,6 +725,37 @@ class StoreContract:
         [lane] = await lanes_of(store)
         assert (lane.alive, lane.in_flight) == (False, None)
         assert len(await store.claim([lane], await worker(store))) == 1
+
+    async def test_the_deaths_of_a_lanes_owners_are_counted_until_one_lives_on(self, store: Store) -> None:
+        await register(store)
+        owner = await worker(store)
+        counts = [(await claim(store, owner)).crashes]
+        for _ in range(2):
+            await expire(store)
+            owner = await worker(store)
+            counts.append((await claim(store, owner)).crashes)
+        await store.release(owner)
+        given = await claim(store, await worker(store))
+        counts.append(given.crashes)  # what may end a worker goes with the lane, though nobody has died since
+        await store.calm(given)
+        await expire(store)
+        counts.append((await claim(store, await worker(store))).crashes)
+        assert counts == [0, 1, 2, 2, 1]
+
+    async def test_who_died_with_one_delivery_running_alone_leaves_no_other_to_suspect(self, store: Store) -> None:
+        await register(store)
+        await claim(store, await worker(store))
+        await expire(store)
+        owner = await worker(store)
+        assert (await claim(store, owner)).crashes == 1
+        for alone, crashes in ((True, 0), (False, 1)):
+            async with store.writing() as connection:
+                await store.mark_alone(connection, owner, alone)
+            await expire(store)
+            [lane] = await lanes_of(store)
+            assert lane.alone is alone
+            owner = await worker(store)
+            assert (await claim(store, owner)).crashes == crashes
 
     async def test_giving_back_takes_nothing_from_others(self, store: Store) -> None:
         await register(store, lanes=3)

@@ -994,7 +994,7 @@ class Lane:
         delivery = Delivery(self, Logged(one.row), one.row.position, one.key, one.attempt, exceptional=True)
         if one.interrupted and one.alone and one.attempt > self.subscription.retry.max_attempts:
             self.crash_loop(delivery)
-        elif one.interrupted:
+        elif one.interrupted or self.worker.is_careful:
             self.worker.later_carefully(self, delivery)
         else:
             self.begin_now(delivery)
@@ -1007,7 +1007,9 @@ class Lane:
             async with self.store.writing() as connection, self.settling:
                 await self.store.fence(connection, self.cursor)
                 await self.store.keep_failures(connection, self.cursor, [delivery.running()])
+                await self.worker.mark_alone(connection)
                 await connection.commit()
+                self.worker.marked_alone = True
                 if delivery.listed:
                     self.exceptions.add(delivery.position)
                     delivery.over = True

@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeGuard
 
 import msgspec
-from sqlalchemy import DateTime, bindparam, delete, func, select, text
+from sqlalchemy import Column, DateTime, bindparam, delete, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -33,7 +33,7 @@ from whereupon._postgres import PostgresStore
 from whereupon.cluster import place
 from whereupon.logs import message_of
 from whereupon.schema import cursor as cursor_table
-from whereupon.schema import history, log, meta, process
+from whereupon.schema import history, log, meta, process, workflow
 from whereupon.schema import subscription as subscription_table
 from whereupon.store import Store
 
@@ -44,7 +44,7 @@ AHEAD: Final = 2
 BATCH: Final = 5_000
 """Rows deleted in one transaction."""
 HISTORY: Final = timedelta(days=7)
-"""How long the history of calls is kept."""
+"""How long the history of calls and the attempts that are closed are kept."""
 PATIENCE: Final = timedelta(days=1)
 """For how long workers leave old rows of a partition to be dropped with it, before they delete them one by one."""
 MINUTE: Final = 60.0
@@ -117,6 +117,8 @@ class Pruned:
     """Events that went row by row."""
     history: int = 0
     """Rows of the history of calls that went."""
+    attempts: int = 0
+    """Closed attempts of workflows that went."""
     kept: list[Kept] = field(default_factory=list)
 
     @property
@@ -154,7 +156,7 @@ async def prune(
     report = Pruned(now - older_than, dry_run)
     pruning = _prune_postgres if _on_postgres(store) else _prune_sqlite
     await pruning(store, report, patience, on_progress)
-    report.history = await _prune_history(store, now - history_older_than, dry_run)
+    report.history, report.attempts = await _forget(store, now - history_older_than, dry_run)
     return report
 
 
@@ -171,16 +173,21 @@ async def _now(store: Store) -> datetime:
         return found
 
 
-async def _prune_history(store: Store, before: datetime, dry_run: bool) -> int:
-    old = history.c.recorded_at < before
+async def _forget(store: Store, before: datetime, dry_run: bool) -> tuple[int, int]:
+    """Delete what is only looked back at: calls and closed attempts that ended before; how many these were."""
+    calls = await _delete_before(store, history.c.id, history.c.recorded_at, before, dry_run)
+    return calls, await _delete_before(store, workflow.c.id, workflow.c.closed_at, before, dry_run)
+
+
+async def _delete_before(store: Store, key: Column[Any], at: Column[Any], before: datetime, dry_run: bool) -> int:
     if dry_run:
         async with store.reading() as connection:
-            return int(await connection.scalar(select(func.count()).select_from(history).where(old)) or 0)
+            return int(await connection.scalar(select(func.count()).where(at < before)) or 0)
     gone = 0
     while True:
         async with store.writing() as connection:
-            batch = select(history.c.id).where(old).order_by(history.c.recorded_at).limit(BATCH)
-            found = await connection.execute(delete(history).where(history.c.id.in_(batch)))
+            batch = select(key).where(at < before).order_by(at).limit(BATCH)
+            found = await connection.execute(delete(key.table).where(key.in_(batch)))
         gone += found.rowcount
         if found.rowcount < BATCH:
             return gone
@@ -611,7 +618,7 @@ class Upkeep:
         if not await self._my_turn():
             return
         if self._retain is None:
-            await _prune_history(self._store, await _now(self._store) - HISTORY, False)
+            await _forget(self._store, await _now(self._store) - HISTORY, False)
             return
         report = await prune(self._store, self._retain, patience=PATIENCE)
         self._log(

@@ -97,6 +97,8 @@ class LaneState(NamedTuple):
     """Whether the owner's lease has not run out."""
     in_flight: int | None
     """How many deliveries the owner may have had in flight, if its process is still known."""
+    alone: bool
+    """Whether it had nothing in flight but what is recorded as running alone."""
     paused: bool
     definition: str
     """Of its subscription, as the latest build has it."""
@@ -577,6 +579,7 @@ class Store(abc.ABC):
                     cursor_table.c.owner,
                     alive.label("alive"),
                     process.c.in_flight,
+                    process.c.alone,
                     subscription_table.c.paused,
                     subscription_table.c.definition,
                     subscription_table.c.created_at,
@@ -599,8 +602,8 @@ class Store(abc.ABC):
             return Layout(
                 [
                     LaneState(
-                        LaneKey(*row[:3]), row.token, row.owner, bool(row.alive), row.in_flight, bool(row.paused),
-                        row.definition, row.created_at, row.last, row.rate,
+                        LaneKey(*row[:3]), row.token, row.owner, bool(row.alive), row.in_flight, bool(row.alone),
+                        bool(row.paused), row.definition, row.created_at, row.last, row.rate,
                     )
                     for row in lanes
                 ],
@@ -618,6 +621,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
         """The cursors of a subscription, with what is done beyond their places, and no exceptions."""
+
+    async def mark_alone(self, connection: AsyncConnection, owner: UUID, alone: bool) -> None:
+        """Tell who takes over from this worker whether only what is recorded as running alone is in flight."""
+        await connection.execute(update(process).where(process.c.id == owner).values(alone=alone))
 
     async def halt(self, name: str, row: Row, reason: str) -> bool:
         """Pause a subscription in front of an event; False if it was before, and somebody had it go on since."""

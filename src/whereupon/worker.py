@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, StatementError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from whereupon._dispatch import Runner
 from whereupon.codec import Codec
@@ -131,6 +132,10 @@ class Worker:
         """Events that a subscription was stopped in front of, until an operator had it go on."""
         self._careful: deque[tuple[Lane, Delivery]] = deque()
         self._careful_one: Task[None] | None = None
+        self._suspected = 0
+        """How many deliveries were put off to be run carefully."""
+        self.marked_alone = self._unmarking = False
+        """Whether the process is stored as one that runs deliveries alone, and whether that is being taken back."""
         self._upkeep = Upkeep(store, retain=retain, log=self.log)
         self._unsure = False
         """Whether the lease had run out, and nobody has looked since which lanes are still held here."""
@@ -412,18 +417,20 @@ class Worker:
         seen = {lane.key: lane for lane in wanted}
         for cursor in await self.store.claim(wanted, self.id):
             before = seen[cursor.key]
-            # what ended it was in flight; where those of a key wait behind each other it may be far behind the cursor,
-            # so that each time it is not found among the first, more of them are run carefully
-            suspects = (before.in_flight or self.in_flight) * 2 ** (cursor.crashes - 1) if cursor.crashes else 0
-            self._take(cursor, min(suspects, FULL + PAGE), before.last)
+            suspects = 0
+            if cursor.crashes and not before.alone:
+                # what ended it was in flight; where those of a key wait behind each other it may be far behind the
+                # cursor, so that each time it is not found among the first, more of them are run carefully
+                suspects = min((before.in_flight or self.in_flight) * 2 ** (cursor.crashes - 1), FULL + PAGE)
+            self._take(cursor, suspects, before)
 
-    def _take(self, cursor: Cursor, careful: int, last: int | None) -> None:
+    def _take(self, cursor: Cursor, careful: int, before: LaneState) -> None:
         share = self._share_of(cursor.key)
         lane = self.lanes[cursor.key] = share.lanes[cursor.key.lane] = Lane(self, share, cursor, careful)
-        if careful:
+        if careful or before.alone:
             self.spawn(self._take_due(lane))  # what an earlier owner has recorded as running is looked at first
-        if last is not None:
-            lane.last, lane.gathering = last, False
+        if before.last is not None:
+            lane.last, lane.gathering = before.last, False
             lane.start_reading()
             self.pump()
             return
@@ -739,17 +746,26 @@ class Worker:
                 self._waits_for_lease = True
                 asyncio.get_running_loop().call_later(0.05, self._look_at_the_lease)
             return
-        if self._careful_one is not None or self._careful:
+        if self.is_careful:
             self._begin_careful()
+            return
+        if self.marked_alone:
+            if not self._unmarking:
+                self._unmarking = True
+                self.spawn(self._unmark_alone())
             return
         for lane in self.lanes.values():
             if lane.due and self.free > 0 and lane.may_take_due and lane.share.retries_allowed(self) > 0:
                 self.spawn(self._take_due(lane))
         left = TURN
         begun = True
+        shares = [*self.shares.values(), *self.replays.values()]
+        if self._suspected:  # of each subscription in turn: whichever has the culprit, it is found soon
+            first = self._suspected % len(shares)
+            shares = shares[first:] + shares[:first]
         while begun and left > 0 and self.free > 0 and not self._careful:
             begun = False
-            for share in (*self.shares.values(), *self.replays.values()):
+            for share in shares:
                 if share.queue:
                     number = share.begin_some(self, min(16, left))
                     left -= number
@@ -785,11 +801,34 @@ class Worker:
     def later_carefully(self, lane: Lane, delivery: Delivery) -> None:
         """Take over a delivery that may have ended a worker before."""
         lane.set_aside.add(delivery.position)
+        self._suspected += 1
         if delivery.exceptional:  # it was recorded as running: the first to be suspected
             self._careful.insert(sum(one.exceptional for _, one in self._careful), (lane, delivery))
         else:
             self._careful.append((lane, delivery))
         self.pump()
+
+    @property
+    def is_careful(self) -> bool:
+        """Whether deliveries are run one at a time."""
+        return self._careful_one is not None or bool(self._careful)
+
+    async def mark_alone(self, connection: AsyncConnection) -> None:
+        """Store, in this transaction, that nothing runs here but what is recorded as running alone."""
+        if not self.marked_alone:
+            await self.store.mark_alone(connection, self.id, True)
+
+    async def _unmark_alone(self) -> None:
+        async def unmark() -> None:
+            async with self.store.writing() as connection:
+                await self.store.mark_alone(connection, self.id, False)
+
+        try:
+            await self._with_database(unmark)
+            self.marked_alone = False
+        finally:
+            self._unmarking = False
+            self.pump()
 
     def _begin_careful(self) -> None:
         """Run the next of them once nothing else runs: an attempt that ran alone is to blame if the process ends."""
@@ -913,15 +952,21 @@ class Worker:
             if not lane.lost and (running := lane.long_running(now, LONG)):
                 await self._settle_lane(lane, [], running)
         for lane in list(self.lanes.values()):
-            if lane.cursor.crashes and not lane.careful and time.monotonic() - lane.since > self._seconds:
+            if lane.cursor.crashes and self._has_outlived_suspects(lane):
                 await self.store.calm(lane.cursor)
-                lane.cursor.crashes = 0
+                lane.cursor.crashes = lane.careful = 0
         for lane in list(self.lanes.values()):
             if lane.unsaved_since is not None and time.monotonic() - lane.unsaved_since > UNSAVED:
                 try:
                     await lane.save()
                 except LeaseLost:
                     self.lose(lane)
+
+    def _has_outlived_suspects(self, lane: Lane) -> bool:
+        """Whether what may have ended earlier owners of a lane was run, or was nothing of it."""
+        if time.monotonic() - lane.since <= self._seconds or self.is_careful:
+            return False
+        return not lane.order or not (lane.careful or any(delivery.careful for delivery in lane.share.queue))
 
     async def _keep_up(self) -> None:
         await self._upkeep.turn()

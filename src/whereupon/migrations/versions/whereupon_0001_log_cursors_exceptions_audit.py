@@ -90,6 +90,7 @@ CREATE TABLE whereupon_process (
     id uuid PRIMARY KEY,
     lease_until timestamptz NOT NULL,
     in_flight integer NOT NULL,
+    alone boolean NOT NULL DEFAULT false,
     host text NOT NULL,
     pid integer NOT NULL,
     serves text NOT NULL DEFAULT '[]',
@@ -215,6 +216,8 @@ CREATE TABLE whereupon_workflow (
 
 CREATE INDEX whereupon_workflow_open ON whereupon_workflow (process) WHERE state = 'open';
 
+CREATE INDEX whereupon_workflow_closed_at ON whereupon_workflow (closed_at) WHERE closed_at IS NOT NULL;
+
 CREATE TABLE whereupon_audit (
     id uuid PRIMARY KEY,
     event_id uuid NOT NULL,
@@ -275,6 +278,7 @@ CREATE TABLE whereupon_process (
     id CHAR(32) PRIMARY KEY,
     lease_until DATETIME NOT NULL,
     in_flight INTEGER NOT NULL,
+    alone BOOLEAN NOT NULL DEFAULT 0,
     host TEXT NOT NULL,
     pid INTEGER NOT NULL,
     serves TEXT NOT NULL DEFAULT '[]',
@@ -397,6 +401,8 @@ CREATE TABLE whereupon_workflow (
 );
 
 CREATE INDEX whereupon_workflow_open ON whereupon_workflow (process) WHERE state = 'open';
+
+CREATE INDEX whereupon_workflow_closed_at ON whereupon_workflow (closed_at) WHERE closed_at IS NOT NULL;
 
 CREATE TABLE whereupon_audit (
     id CHAR(32) PRIMARY KEY,
