@@ -673,14 +673,32 @@ class StoreContract:
         cursor = await take_over(store)
         async with store.writing() as connection:
             await store.fence(connection, cursor)
-            assert [await store.blocking(connection, cursor, key) for key in "abc"] == [3, 2, 0]
-            assert await store.unpark(connection, cursor, "abc") == 0
+            found = [await store.follow(connection, cursor, key) for key in "abc"]
+            assert found == [(3, False, None), (2, False, None), (0, False, None)]
             await store.forget(connection, cursor, [a2.position, b1.position])
             assert await store.unpark(connection, cursor, "abc") == 2
-            assert await store.unpark(connection, cursor, "abc") == 0, "the one that was released is open itself"
-            assert [await store.blocking(connection, cursor, key) for key in "abc"] == [2, 1, 0]
+            found = [await store.follow(connection, cursor, key) for key in "abc"]
+            assert found == [(2, False, None), (1, False, None), (0, False, None)], "who was released is open itself"
         assert {one.row.position for one in await due(store, cursor)} == {a1.position, b2.position}
         assert {(one.position, one.state) for one in await exceptions(store)} >= {(a3.position, PARKED)}
+
+    async def test_who_follows_may_be_begun_at_once_and_is_taken_for_interrupted_if_that_ends_there(
+        self, store: Store
+    ) -> None:
+        cursor, [row, other] = await failing(store, 2)
+        await keep(store, cursor, Failure(row, PARKED, 0, None, key="a"), Failure(other, PARKED, 2, None, key="a"))
+        async with store.writing() as connection:
+            await store.fence(connection, cursor)
+            following = await store.follow(connection, cursor, "a", begin=True)
+        assert (following.blocking, following.released) == (2, True)
+        assert following.begun is not None
+        assert (following.begun.row.event_id, following.begun.row.payload) == (row.event_id, row.payload)
+        assert (following.begun.attempt, following.begun.interrupted, following.begun.key) == (1, False, "a")
+        async with store.writing() as connection:
+            await store.fence(connection, cursor)
+            assert await store.due(connection, cursor, [row.position], 10) == []
+            [again] = await store.due(connection, cursor, [], 10)
+        assert (again.row.event_id, again.attempt, again.interrupted, again.alone) == (row.event_id, 1, True, False)
 
     # --- lanes ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import time
 from asyncio import CancelledError, Task
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import Context
 from datetime import datetime
 from functools import partial
@@ -355,6 +356,8 @@ class Lane:
         self.blocking: dict[str, int] = {}
         """As `blocked`, of what has ended and is not committed yet."""
         self.due = True  # an earlier owner may have left exceptions running
+        self.followers: list[Due] = []
+        """Parked deliveries recorded as begun, to begin with the worker's next turn."""
         self.set_aside: set[int] = set()
         """Positions of what waits to be run carefully."""
         self.lost = False
@@ -392,12 +395,12 @@ class Lane:
     @property
     def idle(self) -> bool:
         """Whether nothing of it is in flight, nor about to be."""
-        return not (self.active or self._taking_due or self._recording)
+        return not (self.active or self.followers or self._taking_due or self._recording)
 
     @property
     def quiet(self) -> bool:
         """Whether nothing is left to be done of what was read."""
-        return not (self.active or self.due or self.order or self.set_aside or self._taking_due)
+        return not (self.active or self.followers or self.due or self.order or self.set_aside or self._taking_due)
 
     # --- from the log -----------------------------------------------------------------------------------------------
 
@@ -755,13 +758,14 @@ class Lane:
         await self.store.take_turn(connection, self.cursor)
         async with self.settling:
             counts: dict[str, int] = {}
+            begun: list[Due] = []
             if exceptional := [d for d in deliveries if d.exceptional]:
                 # the cursor's row first, as operators do: what blocks the key is counted while it is locked
                 await self.store.fence(connection, self.cursor)
                 found = await self.store.forget(connection, self.cursor, [d.position for d in exceptional])
                 if found < sum(not d.listed for d in exceptional):
                     raise LeaseLost(f"a delivery of {self.name} was settled by somebody else while it ran here")
-                counts = await self._unpark(connection, {d.key for d in deliveries if d.exceptional and d.key})
+                counts, begun = await self._follow(connection, {d.key for d in exceptional if d.key})
             self._pass_settled()
             add = [d.position for d in deliveries if d.listed or d.position in self.exceptions]
             place, drop = self.low, list(self._passed_done)
@@ -771,7 +775,8 @@ class Lane:
             await self.store.move(connection, Move(self.cursor, place, add, drop), self.worker.id, remembered)
             for delivery in deliveries:
                 delivery.in_doubt = True
-            await commit()
+            with self._committing(begun):
+                await commit()
             self._moved(place, add, drop)
             self._count_blocking(counts)
 
@@ -782,14 +787,42 @@ class Lane:
             else:
                 self.blocked.pop(key, None)
 
-    async def _unpark(self, connection: Any, keys: Iterable[str]) -> dict[str, int]:
-        """Make the next of each key due that nothing blocks any more; return how many block each key now."""
-        counts = {}
+    async def _follow(self, connection: Any, keys: Iterable[str]) -> tuple[dict[str, int], list[Due]]:
+        """Begin the next of each key, or make it due, where nothing blocks it any more.
+
+        Returns how many block each key now, and what is begun once this transaction has committed: a key with much
+        that waits goes on at a transaction for each, not two.
+        """
+        worker = self.worker
+        begin = not (self.releasing or worker.stopping or worker.is_careful or self.share.rate)
+        counts, begun = {}, []
         for key in keys:
-            if await self.store.unpark(connection, self.cursor, [key]):
+            following = await self.store.follow(connection, self.cursor, key, begin=begin)
+            counts[key] = following.blocking
+            if following.begun is not None:
+                begun.append(following.begun)
+            elif following.released:
                 self.due = True
-            counts[key] = await self.store.blocking(connection, self.cursor, key)
-        return counts
+        return counts, begun
+
+    @contextmanager
+    def _committing(self, begun: list[Due]) -> Iterator[None]:
+        """These are begun with the worker's next turn if the commit succeeds; where nobody knows, it is looked at."""
+        try:
+            yield
+        except BaseException:
+            self.due = self.due or bool(begun)
+            raise
+        if begun:
+            self.followers += begun
+            self.worker.following.append(self)
+            self.worker.pump()
+
+    def begin_followers(self) -> None:
+        """Begin what was recorded as begun when those before it were settled."""
+        followers, self.followers = self.followers, []
+        for one in followers:
+            self._begin_due(one)
 
     def _stored(self, deliveries: Sequence[Delivery]) -> None:
         """Their transaction has committed, and with it the record that they ran."""
@@ -921,14 +954,15 @@ class Lane:
             )
             failures = [d.failure for d in batch if d.failure is not None] + [d.running() for d in running]
             await self.store.keep_failures(connection, self.cursor, failures)
-            counts = await self._unpark(
+            counts, begun = await self._follow(
                 connection,
                 {d.key for d in batch if d.key is not None and (d.failure is not None or d.exceptional)}
                 | {d.key for d in running if d.key is not None},
             )
             move = self.plan(batch, running)
             await self.store.move(connection, move, self.worker.id, self.worker.remembered([(self, batch)]))
-            await connection.commit()
+            with self._committing(begun):
+                await connection.commit()
             for delivery in batch:
                 if delivery.failure is not None and delivery.failure.state in BLOCKING and delivery.key is not None:
                     self._unblocking(delivery.key)
@@ -977,6 +1011,7 @@ class Lane:
                     return
                 self.due = False
                 held = {delivery.position for delivery in self.active} | self.set_aside
+                held.update(one.row.position for one in self.followers)
                 try:
                     found = await self.store.due(connection, self.cursor, held, room)
                     await connection.commit()
@@ -1035,6 +1070,7 @@ class Lane:
     def end(self) -> None:
         """It is another's now: what runs is cancelled, and nothing of it is settled here."""
         self.lost = True
+        self.followers = []
         self.share.withdraw(self)
         if self._solo is not None and self._solo is not asyncio.current_task():
             self._solo.cancel()

@@ -81,6 +81,31 @@ class Due(NamedTuple):
     key: str | None
 
 
+class Following(NamedTuple):
+    """What comes of a key once a delivery of it is settled."""
+
+    blocking: int
+    """How many exceptions of the key make later deliveries of it wait."""
+    released: bool
+    """Whether the first of them was parked, and is not any more."""
+    begun: Due | None
+    """That one, where it is to be tried without further ado."""
+
+
+def _due(row: Any) -> Due:
+    """An exception as it was before its attempt was recorded."""
+    return Due(
+        Row(
+            row.position, row.event_id, row.type, row.version, row.payload, row.headers, row.keys, None,
+            row.recorded_at,
+        ),
+        row.attempts + (row.state != RUNNING or row.alone),
+        row.state == RUNNING,
+        bool(row.alone),
+        row.key,
+    )  # fmt: skip
+
+
 class LaneKey(NamedTuple):
     subscription: str
     generation: int
@@ -728,19 +753,7 @@ class Store(abc.ABC):
                     state=RUNNING, attempts=exception.c.attempts + 1, alone=False, next_at=None, updated_at=self.now
                 )
             )
-        return [
-            Due(
-                Row(
-                    row.position, row.event_id, row.type, row.version, row.payload, row.headers, row.keys, None,
-                    row.recorded_at,
-                ),
-                row.attempts + (row.state != RUNNING or row.alone),
-                row.state == RUNNING,
-                bool(row.alone),
-                row.key,
-            )
-            for row in rows
-        ]  # fmt: skip
+        return [_due(row) for row in rows]
 
     async def next_due(self, cursors: Sequence[Cursor]) -> float | None:
         """Seconds until the first exception of these lanes is due, or None if none will be."""
@@ -840,33 +853,34 @@ class Store(abc.ABC):
 
     async def unpark(self, connection: AsyncConnection, cursor: Cursor, keys: Collection[str]) -> int:
         """Make the first parked delivery of each of these keys due, unless another of the key is still open."""
-        released = 0
-        for key in keys:
-            first = (
-                await connection.execute(
-                    select(exception.c.id, exception.c.state)
-                    .where(_at(exception, cursor.key), exception.c.key == key, exception.c.state.in_(BLOCKING))
-                    .order_by(exception.c.id)
-                    .limit(1)
-                )
-            ).first()
-            if first is not None and first.state == PARKED:
-                released += 1
-                await connection.execute(
-                    update(exception)
-                    .where(exception.c.id == first.id, exception.c.state == PARKED)
-                    .values(state=RETRYING, next_at=self.later(0), updated_at=self.later(0))
-                )
-        return released
+        return sum([(await self.follow(connection, cursor, key)).released for key in keys])
 
-    async def blocking(self, connection: AsyncConnection, cursor: Cursor, key: str) -> int:
-        """How many exceptions of this key make later ones wait."""
-        number = await connection.scalar(
-            select(func.count()).where(
-                _at(exception, cursor.key), exception.c.key == key, exception.c.state.in_(BLOCKING)
+    async def follow(self, connection: AsyncConnection, cursor: Cursor, key: str, *, begin: bool = False) -> Following:
+        """Make the first parked delivery of a key due, unless another of the key is still open.
+
+        With `begin` its attempt is recorded as `due` would do it, and it is to be made once this is committed.
+        """
+        of_key = (_at(exception, cursor.key), exception.c.key == key, exception.c.state.in_(BLOCKING))
+        number = select(func.count()).where(*of_key).scalar_subquery()
+        first = (
+            await connection.execute(
+                select(exception, number.label("blocking")).where(*of_key).order_by(exception.c.id).limit(1)
             )
+        ).first()
+        if first is None:
+            return Following(0, False, None)
+        if first.state != PARKED:
+            return Following(first.blocking, False, None)
+        changes: dict[str, Any] = {"state": RETRYING, "next_at": self.later(0)}
+        if begin:
+            changes = {"state": RUNNING, "attempts": first.attempts + 1, "alone": False}
+        changed = await connection.execute(
+            update(exception)
+            .where(exception.c.id == first.id, exception.c.state == PARKED)
+            .values(updated_at=self.later(0), **changes)
         )
-        return int(number or 0)
+        released = changed.rowcount == 1
+        return Following(first.blocking, released, _due(first) if begin and released else None)
 
     async def remember(self, connection: AsyncConnection, worker: UUID, remembered: Sequence[Remembered]) -> None:
         """Append what was done to the history; for people, never for delivery."""

@@ -124,6 +124,8 @@ class Worker:
         self._moved = Event()
         self._tend_now = Event()
         self._tended = Event()
+        self.following: list[Lane] = []
+        """Lanes with parked deliveries that are to begin now."""
         self._ready: list[Lane] = []
         self._something_ready = Event()
         self._pump_due = False
@@ -739,6 +741,8 @@ class Worker:
     def _pump(self) -> None:
         self._pump_due = False
         if self.stopping:
+            if self.lease.is_held and not self._unsure:
+                self._begin_followers()
             return
         if self._unsure or not self.lease.is_held:
             # after standing still: what waits here may have been begun, and done, by another worker
@@ -746,6 +750,8 @@ class Worker:
                 self._waits_for_lease = True
                 asyncio.get_running_loop().call_later(0.05, self._look_at_the_lease)
             return
+        if self.following:
+            self._begin_followers()
         if self.is_careful:
             self._begin_careful()
             return
@@ -774,6 +780,11 @@ class Worker:
                         break
         if left <= 0 and self.free > 0:
             self.pump()
+
+    def _begin_followers(self) -> None:
+        lanes, self.following = self.following, []
+        for lane in lanes:
+            lane.begin_followers()
 
     async def _take_due(self, lane: Lane) -> None:
         try:
