@@ -441,15 +441,15 @@ async def test_parked_behind_nobody(depot: Depot) -> None:
     async with owner:
         [head] = await depot.send(owner, ("long", 1, True))
         await reaches(owner, [head], ["dead"])
-        store, unpark = owner._store, owner._store.unpark
+        store, follow = owner._store, owner._store.follow
 
-        async def unpark_late(*arguments: Any) -> int:
-            found = await unpark(*arguments)
+        async def follow_late(*arguments: Any, **options: Any) -> Any:
+            found = await follow(*arguments, **options)
             written.set()  # the row of e2 is written, its key was seen to be blocked, and nothing is committed
             await go_on.wait()
             return found
 
-        store.unpark = unpark_late  # type: ignore[assignment, method-assign]
+        store.follow = follow_late  # type: ignore[method-assign]
         sending = asyncio.create_task(depot.send(desk, ("long", 2)))
         async with asyncio.timeout(10):
             [second] = await sending
@@ -457,7 +457,7 @@ async def test_parked_behind_nobody(depot: Depot) -> None:
         skip = asyncio.create_task(desk.operator.skip("parcels", head.event_id, reason="it is gone"))
         await asyncio.sleep(0.3)
         assert not skip.done()
-        store.unpark = unpark  # type: ignore[method-assign]
+        store.follow = follow  # type: ignore[method-assign]
         go_on.set()
         async with asyncio.timeout(10):
             await skip

@@ -320,8 +320,7 @@ async def test_what_is_due_is_found_among_many_dead_letters(long: Explained) -> 
         assert await long.store.next_due([cursor]) is not None
     with long.cheap(EXCEPTION, generic=False):
         async with long.store.writing() as connection:
-            assert await long.store.blocking(connection, cursor, "key-2") == 20
-            assert await long.store.unpark(connection, cursor, ["key-2"]) == 0
+            assert await long.store.follow(connection, cursor, "key-2") == (20, False, None)
             assert await long.store.kept(connection, cursor, [rows[0].position]) == {rows[0].position}
             assert await long.store.forget(connection, cursor, [rows[0].position]) == 1
             await long.store.keep_failures(connection, cursor, [Failure(rows[1], DEAD, 1, None)])
@@ -363,8 +362,7 @@ async def test_on_sqlite_nothing_reads_all_of_the_log(sqlite_url: str) -> None:
         await store.deliveries([event_id], {"A": ["two"]}, calls_too=False)
         async with store.writing() as connection:
             await store.move(connection, Move(cursor, page.after, [], []), owner)
-            await store.unpark(connection, cursor, ["k"])
-            await store.blocking(connection, cursor, "k")
+            await store.follow(connection, cursor, "k")
             await store.kept(connection, cursor, [1])
             await store.forget(connection, cursor, [1])
     explained = 0

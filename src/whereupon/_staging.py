@@ -192,6 +192,8 @@ def watch(engine: Engine) -> None:
     event.listen(engine, "rollback_twophase", _rollback_twophase)
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", _checkin)
+    if engine.dialect.name == "sqlite" and engine.dialect.is_async:
+        event.listen(engine, "checkin", _forget_writer)
     event.listen(engine, "commit", _commit)
 
 
@@ -289,6 +291,9 @@ def _begin(connection: Connection) -> None:
 
 def _checkin(dbapi_connection: Any, record: ConnectionPoolEntry | PoolProxiedConnection) -> None:
     _conclude(record.info)
+
+
+def _forget_writer(dbapi_connection: Any, record: ConnectionPoolEntry | PoolProxiedConnection) -> None:
     if (driver := record.driver_connection) is not None:
         _begun.pop(driver, None)  # whoever takes it from the pool has begun nothing yet
 
