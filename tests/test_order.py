@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.notebook import until
 from whereupon import Discard, DomainEvent, EventBus, EventContext, Retry
 from whereupon.errors import SubscriptionError
+from whereupon.lane import Delivery, Lane
 from whereupon.schema import log
 
 pytestmark = pytest.mark.integration
@@ -255,6 +256,46 @@ async def test_events_published_by_a_build_that_stored_no_keys_are_ordered_by_wh
         events = await turn(old, *((book, number) for number in range(10) for book in "abc"))
         await bus.wait_settled(events, 20)
     assert heard == {book: list(range(10)) for book in "abc"}
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_head_that_fails_just_as_it_is_found_to_run_long_stays_the_head(
+    buses: tuple[EventBus, EventBus], monkeypatch: pytest.MonkeyPatch, transactional: bool
+) -> None:
+    """What waits behind it in memory is parked first; what became of the head is written in the same transaction."""
+    bus, _ = buses
+    heard: list[int] = []
+    found_long = asyncio.Event()
+    long_running = Lane.long_running
+
+    def look(self: Lane, now: float, longest: float) -> list[Delivery]:
+        found = long_running(self, now, longest)
+        if found:
+            found_long.set()
+        return found
+
+    monkeypatch.setattr("whereupon.worker.LONG", 0.1)
+    monkeypatch.setattr(Lane, "long_running", look)
+
+    async def read(event: PageTurned, context: EventContext) -> None:
+        if event.number == 0 and context.attempt == 1:
+            await found_long.wait()
+            raise RuntimeError("torn")
+        heard.append(event.number)
+
+    async def reader(event: PageTurned, context: EventContext) -> None:
+        await read(event, context)
+
+    async def writer(event: PageTurned, context: EventContext, session: AsyncSession) -> None:
+        await read(event, context)
+
+    bus.subscribe(
+        PageTurned, writer if transactional else reader, name="reader", ordered_by="book", lanes=1, retry=AT_ONCE
+    )
+    async with bus:
+        events = await turn(bus, *(("a", number) for number in range(4)))
+        await bus.wait_settled(events, 20)
+    assert heard == [0, 1, 2, 3]
 
 
 async def spoil(bus: EventBus, event: PageTurned, payload: bytes = b"{") -> None:

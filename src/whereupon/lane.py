@@ -130,6 +130,8 @@ class Delivery(msgspec.Struct, gc=False, eq=False):
     """Whether it runs one after the other with those of its batch, which count as one of those that run at once."""
     parking: bool = False
     """Whether it is to wait among the exceptions for an earlier one of its key."""
+    blocks: bool = False
+    """Whether it is counted among what makes its key wait, until what became of it is committed."""
     cut_short: bool = False
     """Whether this worker cancelled it, so that a CancelledError in it is none of the handler's."""
     failure: Failure | None = None
@@ -451,7 +453,7 @@ class Lane:
 
     def _park(self, delivery: Delivery) -> None:
         assert delivery.key is not None
-        delivery.parking = True
+        delivery.parking = delivery.blocks = True
         delivery.failure = delivery.parked()
         self.blocking[delivery.key] = self.blocking.get(delivery.key, 0) + 1
         self.worker.free -= 1
@@ -463,13 +465,13 @@ class Lane:
         key = delivery.key
         if key is None:
             return
-        blocks = delivery.failure is not None and delivery.failure.state in BLOCKING
-        if blocks:
+        delivery.blocks = delivery.failure is not None and delivery.failure.state in BLOCKING
+        if delivery.blocks:
             self.blocking[key] = self.blocking.get(key, 0) + 1
         chain = self.chains.pop(key, None)
         if not chain or self.releasing:  # the next owner reads them again
             return
-        if blocks or self.blocked.get(key):
+        if delivery.blocks or self.blocked.get(key):
             for follower in chain:
                 self._park(follower)
         else:
@@ -953,6 +955,8 @@ class Lane:
                 connection, self.cursor, [d.position for d in batch if d.failure is None and d.exceptional]
             )
             failures = [d.failure for d in batch if d.failure is not None] + [d.running() for d in running]
+            # the first row of a key is its head, also where those behind it were parked while it ran still
+            failures.sort(key=lambda failure: failure.state == PARKED)
             await self.store.keep_failures(connection, self.cursor, failures)
             counts, begun = await self._follow(
                 connection,
@@ -964,8 +968,8 @@ class Lane:
             with self._committing(begun):
                 await connection.commit()
             for delivery in batch:
-                if delivery.failure is not None and delivery.failure.state in BLOCKING and delivery.key is not None:
-                    self._unblocking(delivery.key)
+                if delivery.blocks:
+                    self._unblocking(delivery)
             self._count_blocking(counts)
             for delivery in running:
                 delivery.over = True
@@ -973,8 +977,11 @@ class Lane:
                     self.exceptions.add(delivery.position)
             self.settle(batch, move)
 
-    def _unblocking(self, key: str) -> None:
-        """What blocked it in memory is committed, and counted among the exceptions."""
+    def _unblocking(self, delivery: Delivery) -> None:
+        """What became of it is committed; if it blocks its key still, it is counted among the exceptions."""
+        delivery.blocks = False
+        key = delivery.key
+        assert key is not None
         left = self.blocking.get(key, 0) - 1
         if left > 0:
             self.blocking[key] = left
