@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -435,3 +437,47 @@ async def test_a_server_that_ends_every_connection_under_load_doubles_no_effect(
     assert await effects_of(killer) == Counter(range(150))
     await killer.engine.dispose()
     await bus.engine.dispose()
+
+
+HOG = """
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
+print("here", flush=True)
+until = time.monotonic() + 8
+while time.monotonic() < until:
+    connection.execute("BEGIN IMMEDIATE")
+    time.sleep(0.3)
+    connection.execute("COMMIT")
+    time.sleep(0.02)
+"""
+"""Leaves SQLite's write lock to others for a fiftieth of a second at a time: SQLite itself looks for it every tenth."""
+
+
+async def test_a_lease_is_kept_beside_a_writer_that_hardly_ever_lets_go_of_the_lock(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    bus = EventBus(sqlite_url, create_tables=True, lease=3)
+
+    @bus.subscribe(ParcelSent, name="parcels")
+    async def deliver(event: ParcelSent) -> None: ...
+
+    margins: list[timedelta] = []
+    async with bus:
+        await bus.drain(10)
+        hog = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOG, str(tmp_path / "app.db"), stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert hog.stdout is not None
+            await hog.stdout.readline()
+            while hog.returncode is None:
+                async with bus.engine.connect() as connection:
+                    until = (await connection.scalars(select(process.c.lease_until))).one()
+                margins.append(until - datetime.now(UTC))
+                await asyncio.sleep(0.05)
+        finally:
+            if hog.returncode is None:
+                hog.kill()
+            await hog.wait()
+    assert len(margins) > 20
+    assert min(margins) > timedelta(0)

@@ -25,6 +25,7 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 from sqlalchemy import delete, func, insert, text, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon.logs import message_of
@@ -35,6 +36,8 @@ EXIT_STUCK: Final = 70
 """The exit status of a process whose event loop was stuck for longer than any of its handlers may take."""
 GRACE: Final = 30.0
 """Seconds that the event loop may be silent beyond what its handlers may take."""
+LOOK: Final = 0.005
+"""Seconds between two looks for SQLite's write lock."""
 FORGOTTEN: Final = 10
 """Leases after which the row of a dead process is deleted."""
 
@@ -148,16 +151,16 @@ class Lease:
         patience = max(1.0, self._seconds / 2) if self._postgres else None
         while not self._stopping.is_set():
             wait = self._seconds / 3
-            until = time.monotonic() + self._seconds
-            late = until - self._seconds > self._until
             try:
                 async with asyncio.timeout(patience), engine.connect() as connection:
-                    lost = await self._renew(connection)
+                    began, lost = await self._renew_as_soon_as_may_be(connection)
                     await connection.commit()
+                    until, late = began + self._seconds, began > self._until
                     if time.monotonic() - tidied > 60:
                         tidied = time.monotonic()
-                        await self._tidy(connection)
-                        await connection.commit()
+                        with contextlib.suppress(OperationalError):  # in a minute it is tried again
+                            await self._tidy(connection)
+                            await connection.commit()
             except Exception as error:
                 if self._started is not None and not self._report_started(error):
                     return
@@ -213,6 +216,24 @@ class Lease:
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         os._exit(EXIT_STUCK)
+
+    async def _renew_as_soon_as_may_be(self, connection: AsyncConnection) -> tuple[float, bool]:
+        """Renew; when that was begun, by `time.monotonic`, and what `_renew` returns.
+
+        For SQLite's lock nobody waits in line. Whoever waits in SQLite looks for it ever more rarely, and beside busy
+        writers may find it taken for longer than a lease; so here it is looked for often.
+        """
+        if not self._postgres:
+            await connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+        while True:
+            began = time.monotonic()
+            try:
+                return began, await self._renew(connection)
+            except OperationalError as error:
+                if self._postgres or self._stopping.is_set() or "database is locked" not in str(error.orig):
+                    raise
+                await connection.rollback()
+                await asyncio.sleep(LOOK)
 
     async def _renew(self, connection: AsyncConnection) -> bool:
         """Extend the lease; return whether it had run out, so that what this process owned may be another's."""
