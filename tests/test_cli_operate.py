@@ -187,7 +187,7 @@ async def test_a_worker_process_is_paused_given_other_lanes_and_resumed(bus: Eve
     await asyncio.sleep(0.5)
     assert await states(bus, events) == ["waiting"] * 29
     listed = await command(dock, "handlers", "list", "dock:bus")
-    assert listed.stdout == "crates: paused, ordered by ship\n"
+    assert listed.stdout == "crates: paused, ordered by ship\n  storm\n"
     changed = await answered(dock, "handlers", "lanes", "crates", "5", "dock:bus", *why)
     assert changed == {"subscription": "crates", "lanes": 5, "before": 2}
     assert await states(bus, events) == ["retrying", *["parked"] * 28]

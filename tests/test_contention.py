@@ -171,10 +171,11 @@ async def test_a_handler_cancelled_while_it_waits_for_sqlites_lock_does_not_keep
     """Its statement goes on in the driver's thread, gets the lock, and has rows to return that nobody fetches."""
     bus = EventBus(sqlite_url, create_tables=True)
     sessions = async_sessionmaker(bus.engine)
-    locked = asyncio.Event()
+    called, locked = asyncio.Event(), asyncio.Event()
 
     @bus.subscribe(SeatReserved, retry=Retry(max_attempts=1))
     async def count(event: SeatReserved, session: AsyncSession) -> None:
+        called.set()
         await locked.wait()
         async with asyncio.timeout(0.3):
             await session.execute(text("UPDATE seats SET number = number + 1 RETURNING number"))
@@ -188,6 +189,7 @@ async def test_a_handler_cancelled_while_it_waits_for_sqlites_lock_does_not_keep
         async with bus:
             async with sessions.begin() as session:
                 receipt = await bus.publish(SeatReserved(number=1), session=session)
+            await called.wait()
             async with sessions.begin() as session:
                 await session.execute(text("UPDATE seats SET number = 10"))
                 locked.set()

@@ -80,10 +80,13 @@ async def started(url: str, **options: Any) -> None:
         await session.commit()
 
 
-@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg"])
-async def test_upgrading_twice_is_upgrading_once(request: pytest.FixtureRequest, driver: str) -> None:
-    url: str = request.getfixturevalue("sqlite_url" if driver.startswith("sqlite") else "postgres_url")
-    url = make_url(url).set(drivername=driver).render_as_string(hide_password=False)
+@pytest.mark.parametrize(
+    ("database_url", "driver"),
+    [("sqlite", "sqlite+aiosqlite"), ("postgresql", "postgresql+asyncpg"), ("postgresql", "postgresql+psycopg")],
+    indirect=["database_url"],
+)
+async def test_upgrading_twice_is_upgrading_once(database_url: str, driver: str) -> None:
+    url = make_url(database_url).set(drivername=driver).render_as_string(hide_password=False)
     await upgraded(url)
     before = await tables(url)
     assert before == TABLES | {"whereupon_version"}
