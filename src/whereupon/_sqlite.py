@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from whereupon.schema import UTCDateTime, exception, log, process
 from whereupon.schema import cursor as cursor_table
 from whereupon.store import (
+    LOOK,
     Cursor,
     LaneKey,
     LaneState,
@@ -144,6 +145,11 @@ class SQLiteStore(Store):
     # --- lanes ------------------------------------------------------------------------------------------------------
 
     async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:
+        if any(lane.owner not in (None, owner) for lane in lanes):
+            # whoever held the lock until now may have kept owners from renewing their leases: they look for it often
+            async with self.writing():
+                pass
+            await asyncio.sleep(10 * LOOK)
         cursors = []
         async with self.writing() as connection:
             for lane in lanes:

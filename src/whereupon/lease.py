@@ -30,14 +30,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon.logs import message_of
 from whereupon.schema import process
-from whereupon.store import sibling
+from whereupon.store import LOOK, sibling
 
 EXIT_STUCK: Final = 70
 """The exit status of a process whose event loop was stuck for longer than any of its handlers may take."""
 GRACE: Final = 30.0
 """Seconds that the event loop may be silent beyond what its handlers may take."""
-LOOK: Final = 0.005
-"""Seconds between two looks for SQLite's write lock."""
 FORGOTTEN: Final = 10
 """Leases after which the row of a dead process is deleted."""
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Itera
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -33,6 +33,8 @@ from whereupon.schema import subscription as subscription_table
 from whereupon.subscription import Start, Subscription
 
 RUNNING, RETRYING, WAITING, PARKED, DEAD, SKIPPED = "running", "retrying", "waiting", "parked", "dead", "skipped"
+LOOK: Final = 0.005
+"""Seconds between two looks that the thread of a lease takes for SQLite's write lock."""
 OPEN = (RUNNING, RETRYING, WAITING, PARKED)
 """States of an exception that is not settled."""
 BLOCKING = (*OPEN, DEAD)
