@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from sqlalchemy import event as sqlalchemy_events
@@ -294,6 +294,52 @@ async def test_a_head_that_fails_just_as_it_is_found_to_run_long_stays_the_head(
     )
     async with bus:
         events = await turn(bus, *(("a", number) for number in range(4)))
+        await bus.wait_settled(events, 20)
+    assert heard == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_what_comes_while_a_head_runs_long_goes_behind_what_was_parked_for_it(
+    buses: tuple[EventBus, EventBus], monkeypatch: pytest.MonkeyPatch, transactional: bool
+) -> None:
+    """The head succeeds before it is committed that others are parked behind it, and the next one waits in memory."""
+    bus, _ = buses
+    heard: list[int] = []
+    lanes: list[Lane] = []
+    found_long, may_end, may_commit = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    commit = Lane.commit
+
+    async def commit_late(self: Lane, batch: Sequence[Delivery], running: Sequence[Delivery] = ()) -> None:
+        if running:
+            lanes.append(self)
+            found_long.set()
+            await may_commit.wait()
+        await commit(self, batch, running)
+
+    monkeypatch.setattr("whereupon.worker.LONG", 0.1)
+    monkeypatch.setattr(Lane, "commit", commit_late)
+
+    async def read(event: PageTurned) -> None:
+        if event.number == 0:
+            await may_end.wait()
+        heard.append(event.number)
+
+    async def reader(event: PageTurned) -> None:
+        await read(event)
+
+    async def writer(event: PageTurned, session: AsyncSession) -> None:
+        await read(event)
+
+    bus.subscribe(PageTurned, writer if transactional else reader, name="reader", ordered_by="book", lanes=1)
+    async with bus:
+        events = await turn(bus, *(("a", number) for number in range(3)))
+        await asyncio.wait_for(found_long.wait(), 10)
+        events += await turn(bus, ("a", 3))
+        await until(lambda: lanes[0].chains["a"])
+        may_end.set()
+        await until(lambda: heard)
+        await asyncio.sleep(0.2)
+        may_commit.set()
         await bus.wait_settled(events, 20)
     assert heard == [0, 1, 2, 3]
 

@@ -471,7 +471,7 @@ class Lane:
         chain = self.chains.pop(key, None)
         if not chain or self.releasing:  # the next owner reads them again
             return
-        if delivery.blocks or self.blocked.get(key):
+        if self.blocked.get(key) or self.blocking.get(key):  # by itself, or by what was parked while it ran
             for follower in chain:
                 self._park(follower)
         else:
