@@ -31,7 +31,7 @@ from tests.fault_shop import DURABLE, ORDERED, TABLES, TRANSACTIONAL, Settings
 from tests.servers import PostgresServer, PostgresUnavailable, empty_database, provide_postgres, start_postgres
 
 ROOT: Final = Path(__file__).parent.parent
-SETTLED_WITHIN: Final = 120.0
+SETTLED_WITHIN: Final = 300.0
 """Seconds after the last fault within which everything must be delivered."""
 HANDLERS: Final = (*DURABLE, *TRANSACTIONAL)
 

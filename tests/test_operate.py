@@ -636,6 +636,18 @@ async def test_no_more_handlers_run_in_a_process_than_the_subscriptions_concurre
     assert depot.most == 3
 
 
+async def test_retries_of_many_lanes_at_once_are_no_more_than_may_run_at_once(depot: Depot) -> None:
+    owner = depot.bus(work=0.02, lanes=8, concurrency=4)
+    depot.torn = lambda _: True
+    async with owner:
+        events = await depot.send(owner, *((f"road {number}", number) for number in range(40)))
+        await reaches(owner, events, ["dead"] * 40)
+        depot.torn, depot.most = lambda _: False, 0
+        await owner.operator.retry("parcels", reason="glued")
+        await owner.wait_settled(events, 20)
+    assert 1 <= depot.most <= 4
+
+
 async def test_workers_share_a_rate_by_the_lanes_they_have(depot: Depot) -> None:
     buses = [depot.bus(rate=40, lanes=4) for _ in range(2)]
     async with buses[0], buses[1]:

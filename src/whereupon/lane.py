@@ -1012,6 +1012,7 @@ class Lane:
         if room <= 0 or not self.may_take_due:
             return
         self._taking_due = True
+        self._reserve(room)  # other lanes look at the same time: together they take no more than there is room for
         try:
             async with self.store.writing() as connection, self.settling:
                 if self.releasing or self.lost:
@@ -1022,15 +1023,22 @@ class Lane:
                 try:
                     found = await self.store.due(connection, self.cursor, held, room)
                     await connection.commit()
+                    self.due = self.due or len(found) == room
                 except BaseException:
                     self.due = True
                     raise
                 self.share.count_retries(len(found))
+                self._reserve(-room)
+                room = 0
                 for one in found:
                     self._begin_due(one)
-                self.due = self.due or len(found) == room
         finally:
+            self._reserve(-room)
             self._taking_due = False
+
+    def _reserve(self, number: int) -> None:
+        self.worker.free -= number
+        self.share.free -= number
 
     def _begin_due(self, one: Due) -> None:
         delivery = Delivery(self, Logged(one.row), one.row.position, one.key, one.attempt, exceptional=True)

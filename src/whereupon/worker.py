@@ -798,9 +798,8 @@ class Worker:
         except Exception as error:
             self.lose(lane, error)
         else:
-            if lane.due:  # again, meanwhile
-                self.pump()
-            elif not lane.active:
+            self.pump()  # for lanes that found no room left, and for this one if something has come due meanwhile
+            if not (lane.due or lane.active):
                 self.settled.set()
 
     def _look_at_the_lease(self) -> None:
