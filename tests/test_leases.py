@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from whereupon import DomainEvent, EventBus, EventContext, Retry
 from whereupon.errors import LeaseLost
+from whereupon.lane import Delivery, Lane
 from whereupon.schema import process
 from whereupon.store import RUNNING, Failure, Move
 
@@ -437,6 +438,32 @@ async def test_a_server_that_ends_every_connection_under_load_doubles_no_effect(
     assert await effects_of(killer) == Counter(range(150))
     await killer.engine.dispose()
     await bus.engine.dispose()
+
+
+async def test_a_lane_lost_just_as_its_handlers_were_to_begin_costs_no_place_among_those_that_may_run(
+    buses: tuple[EventBus, EventBus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tasks are cancelled before their first step, and so never get to give their places back."""
+    bus, _ = buses
+    begin, lost = Lane.begin_transaction, list[int]()
+
+    def begin_and_lose(self: Lane, first: Delivery) -> int:
+        number = begin(self, first)
+        if len(lost) < 3:
+            lost.append(first.position)
+            self.worker.lose(self)
+        return number
+
+    monkeypatch.setattr(Lane, "begin_transaction", begin_and_lose)
+
+    @bus.subscribe(ParcelSent, name="parcels", concurrency=1, lanes=1)
+    async def deliver(event: ParcelSent, session: AsyncSession) -> None:
+        await session.execute(text("INSERT INTO effect VALUES (:number, 0)"), {"number": event.number})
+
+    async with bus:
+        await bus.wait_settled(await send(bus, *range(5)), 20)
+    assert len(lost) == 3
+    assert await effects_of(bus) == Counter(range(5))
 
 
 HOG = """

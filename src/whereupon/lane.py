@@ -124,6 +124,8 @@ class Delivery(msgspec.Struct, gc=False, eq=False):
     """The number of the last plan that settles it."""
     settled: bool = False
     """Whether what became of it is committed."""
+    entered: bool = False
+    """Whether the task that runs its handler has made its first step."""
     ended: bool = False
     """Whether its handler is done."""
     shares_slot: bool = False
@@ -649,6 +651,8 @@ class Lane:
         return len(together)
 
     async def _transact(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            delivery.entered = True
         try:
             if len(deliveries) == 1:
                 await self._alone_in_transaction(deliveries[0])
@@ -1092,6 +1096,9 @@ class Lane:
         for delivery in list(self.active):
             if not delivery.ended:
                 delivery.cancel()
+                if delivery.task is not None and not delivery.entered:  # it never gets to give its place back
+                    delivery.ended = True
+                    self.share.free += not delivery.shares_slot
             self.let_go(delivery)
         self.room.set()
 
