@@ -35,6 +35,7 @@ async def letters(url: str, **options: Any) -> AsyncIterator[EventBus]:
     try:
         yield bus
     finally:
+        await bus.close()
         await bus.engine.dispose()
 
 

@@ -17,7 +17,8 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy import event as sqlalchemy_events
 from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.util import await_only
 
 from tests.log_records import Records
 from whereupon import DomainEvent, EventBus, Retry
@@ -498,3 +499,41 @@ async def test_every_transaction_of_a_worker_may_idle_for_less_than_its_lease(po
                 text("SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'")
             )
             assert limit == "0"
+
+
+class LampLit(DomainEvent):
+    number: int
+
+
+async def test_a_notification_leaves_no_connection_of_an_engine_disposed_of_while_it_connects(
+    postgres_url: str,
+) -> None:
+    bus = EventBus(postgres_url, create_tables=True)
+    armed = False
+
+    @sqlalchemy_events.listens_for(bus.engine.sync_engine, "connect")
+    def dispose(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            await_only(bus.engine.dispose())
+
+    async with AsyncSession(bus.engine) as session, session.begin():
+        await bus.publish(LampLit(number=1), session=session)
+    await bus.close()
+    await bus.engine.dispose()
+    assert bus._ringer is not None
+    armed = True
+    await bus._ringer.prove()
+    assert not armed
+    other = create_async_engine(postgres_url)
+    async with other.connect() as connection:
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+
+        async def nobody() -> bool:
+            return bool(await connection.scalar(text(others)) == 0)
+
+        async with asyncio.timeout(5):
+            while not await nobody():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    await other.dispose()

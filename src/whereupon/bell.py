@@ -131,8 +131,8 @@ class Ringer:
         """Sent as a plain query, on the driver's own connection: one round trip, and no transaction or statement."""
         query = f"NOTIFY \"{self.channel}\", '{self.id}{_BY}{payload}'"
         for last in (False, True):
+            pool = self._store.own.pool  # before connecting: the engine may be disposed of while that goes on
             async with self._store.autocommit.connect() as connection:
-                pool = self._store.own.pool
                 driver = await _driver_of(connection)
                 try:
                     await driver.execute(query)
