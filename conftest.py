@@ -53,12 +53,6 @@ def pytest_configure_node(node: _Worker) -> None:
         node.workerinput[_REASON] = str(provided)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for processes that they have started."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture(scope="session")
 def postgres_server(pytestconfig: pytest.Config) -> str:
     """The URL of a PostgreSQL server, without a database, whose user may create some; see `provide_postgres`.
