@@ -94,6 +94,11 @@ def request_metadata(metadata: Metadata | Mapping[str, Any]) -> Iterator[None]:
         _request.reset(token)
 
 
+def current_metadata() -> Metadata:
+    """What an event published here and now would carry: the request's IP address, say, for a row beside the event."""
+    return metadata_for(None)
+
+
 def metadata_for(explicit: Metadata | Mapping[str, Any] | None) -> Metadata:
     """The metadata of an event published now: what is given, filled up from the request's and the handled event's."""
     request, cause = _request.get(), handling.get()
