@@ -164,3 +164,7 @@ def test_a_database_that_was_not_moved_needs_no_rebase(app: Path) -> None:
     done = run(app, "db", "rebase", "app:bus")
     assert done.returncode == 0, done.stderr
     assert "is where it was: nothing to do" in done.stdout
+
+
+def test_what_stands_between_colons_is_no_picture(tmp_path: Path) -> None:
+    assert "needed for nothing:bus:more" in refused(run(tmp_path, "db", "status", "nothing:bus:more"), 2)

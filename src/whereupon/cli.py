@@ -37,8 +37,8 @@ SHOWN: Final = 10
 
 T = TypeVar("T")
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)  # else what stands between colons, as in `app:bus: `, becomes a picture
+err = Console(stderr=True, emoji=False)
 
 app = cyclopts.App(
     name="whereupon",
