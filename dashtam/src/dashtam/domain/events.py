@@ -69,6 +69,11 @@ class EmailVerificationFailed(AuthenticationEvent, audit=AuditAction.EMAIL_VERIF
     reason: str
 
 
+EmailVerification = Workflow(
+    EmailVerificationAttempted, EmailVerificationSucceeded, EmailVerificationFailed, unforeseen="internal_error"
+)
+
+
 # Login and logout
 
 
@@ -87,6 +92,9 @@ class UserLoginFailed(SessionEvent, audit=AuditAction.USER_LOGIN_FAILED):
     reason: str
 
 
+UserLogin = Workflow(UserLoginAttempted, UserLoginSucceeded, UserLoginFailed, unforeseen="internal_error")
+
+
 class UserLogoutAttempted(SessionEvent, audit=AuditAction.USER_LOGOUT_ATTEMPTED):
     user_id: UUID
 
@@ -99,6 +107,9 @@ class UserLogoutSucceeded(SessionEvent, audit=AuditAction.USER_LOGOUT):
 class UserLogoutFailed(SessionEvent, audit=AuditAction.USER_LOGOUT_FAILED):
     user_id: UUID
     reason: str
+
+
+UserLogout = Workflow(UserLogoutAttempted, UserLogoutSucceeded, UserLogoutFailed, unforeseen="internal_error")
 
 
 # Password change
@@ -122,6 +133,11 @@ class UserPasswordChangeFailed(AuthenticationEvent, audit=AuditAction.USER_PASSW
     reason: str
 
 
+UserPasswordChange = Workflow(
+    UserPasswordChangeAttempted, UserPasswordChangeSucceeded, UserPasswordChangeFailed, unforeseen="internal_error"
+)
+
+
 # Password reset
 
 
@@ -139,6 +155,14 @@ class PasswordResetRequestFailed(AuthenticationEvent, audit=AuditAction.PASSWORD
     reason: str
 
 
+PasswordResetRequest = Workflow(
+    PasswordResetRequestAttempted,
+    PasswordResetRequestSucceeded,
+    PasswordResetRequestFailed,
+    unforeseen="internal_error",
+)
+
+
 class PasswordResetConfirmAttempted(AuthenticationEvent, audit=AuditAction.PASSWORD_RESET_CONFIRM_ATTEMPTED):
     token_id: UUID
 
@@ -151,6 +175,14 @@ class PasswordResetConfirmSucceeded(AuthenticationEvent, audit=AuditAction.USER_
 class PasswordResetConfirmFailed(AuthenticationEvent, audit=AuditAction.PASSWORD_RESET_CONFIRM_FAILED):
     token_id: UUID
     reason: str
+
+
+PasswordResetConfirm = Workflow(
+    PasswordResetConfirmAttempted,
+    PasswordResetConfirmSucceeded,
+    PasswordResetConfirmFailed,
+    unforeseen="internal_error",
+)
 
 
 # Session revocation: `reason` says why it is revoked; in *Failed*, why it was not
@@ -174,6 +206,11 @@ class SessionRevocationFailed(SessionEvent, audit=AuditAction.SESSION_REVOCATION
     reason: str
 
 
+SessionRevocation = Workflow(
+    SessionRevocationAttempted, SessionRevocationSucceeded, SessionRevocationFailed, unforeseen="internal_error"
+)
+
+
 class AllSessionsRevocationAttempted(AuthenticationEvent, audit=AuditAction.ALL_SESSIONS_REVOCATION_ATTEMPTED):
     user_id: UUID
     reason: str
@@ -188,6 +225,14 @@ class AllSessionsRevocationSucceeded(AuthenticationEvent, audit=AuditAction.ALL_
 class AllSessionsRevocationFailed(AuthenticationEvent, audit=AuditAction.ALL_SESSIONS_REVOCATION_FAILED):
     user_id: UUID
     reason: str
+
+
+AllSessionsRevocation = Workflow(
+    AllSessionsRevocationAttempted,
+    AllSessionsRevocationSucceeded,
+    AllSessionsRevocationFailed,
+    unforeseen="internal_error",
+)
 
 
 # Provider connection and disconnection
@@ -211,6 +256,11 @@ class ProviderConnectionFailed(ProviderEvent, audit=AuditAction.PROVIDER_CONNECT
     reason: str
 
 
+ProviderConnecting = Workflow(
+    ProviderConnectionAttempted, ProviderConnectionSucceeded, ProviderConnectionFailed, unforeseen="internal_error"
+)
+
+
 class ProviderDisconnectionAttempted(ProviderEvent, audit=AuditAction.PROVIDER_DISCONNECTION_ATTEMPTED):
     user_id: UUID
     connection_id: UUID
@@ -228,6 +278,14 @@ class ProviderDisconnectionFailed(ProviderEvent, audit=AuditAction.PROVIDER_DISC
     connection_id: UUID
     provider_name: str
     reason: str
+
+
+ProviderDisconnecting = Workflow(
+    ProviderDisconnectionAttempted,
+    ProviderDisconnectionSucceeded,
+    ProviderDisconnectionFailed,
+    unforeseen="internal_error",
+)
 
 
 # Provider token refresh
@@ -255,6 +313,9 @@ class TokenRefreshFailed(ProviderEvent, audit=AuditAction.TOKEN_REFRESH_FAILED):
     reason: str
 
 
+TokenRefresh = Workflow(TokenRefreshAttempted, TokenRefreshSucceeded, TokenRefreshFailed, unforeseen="internal_error")
+
+
 # Account sync and transaction sync
 
 
@@ -275,6 +336,16 @@ class AccountSyncFailed(AccountEvent, resource="connection", audit=AuditAction.A
     reason: str
 
 
+AccountSync = Workflow(AccountSyncAttempted, AccountSyncSucceeded, AccountSyncFailed, unforeseen="internal_error")
+
+
+class AccountSyncRequested(AccountEvent, resource="connection"):
+    """A user wants to see what is new: what follows is a sync, and that is what is audited."""
+
+    user_id: UUID
+    connection_id: UUID
+
+
 class TransactionSyncAttempted(AccountEvent, audit=AuditAction.TRANSACTION_SYNC_ATTEMPTED):
     user_id: UUID
     account_id: UUID
@@ -290,6 +361,11 @@ class TransactionSyncFailed(AccountEvent, audit=AuditAction.TRANSACTION_SYNC_FAI
     user_id: UUID
     account_id: UUID
     reason: str
+
+
+TransactionSync = Workflow(
+    TransactionSyncAttempted, TransactionSyncSucceeded, TransactionSyncFailed, unforeseen="internal_error"
+)
 
 
 # Single facts about an account; amounts are in units of `currency` (ISO 4217), never rounded
