@@ -36,6 +36,15 @@ class EmailTaken(Error):
         super().__init__("Somebody is registered with this address. Log in, or use another one.")
 
 
+class WrongPassword(Error):
+    """It is not the password that this user has now."""
+
+    reason = "wrong_password"
+
+    def __init__(self) -> None:
+        super().__init__("That is not your present password.")
+
+
 class UserNotFound(Error):
     """Nobody has this id."""
 
@@ -52,6 +61,8 @@ class User:
     id: UUID = field(default_factory=uuid7)
     email: str
     registered_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    email_verified_at: datetime | None = None
+    is_admin: bool = False
     password_hash: str | None = field(default=None, repr=False)
     """None for a person who was invited and has not chosen a password."""
     new_password: str | None = field(default=None, repr=False, compare=False)
@@ -70,6 +81,16 @@ class User:
         _refuse_weak(password, self.email)
         self.new_password = password
 
+    def verify_email(self) -> None:
+        if self.email_verified_at is None:
+            self.email_verified_at = datetime.now(UTC)
+
+
+class PasswordCheck(Protocol):
+    async def matches(self, password: str, password_hash: str | None) -> bool:
+        """False for None, after as long as a check of a hash takes."""
+        ...
+
 
 class UserRepository(Protocol):
     """Users as they are stored; each call joins the database session of its caller."""
@@ -78,13 +99,31 @@ class UserRepository(Protocol):
         """Raises `EmailTaken`; the transaction can't be used any further then."""
         ...
 
-    async def find_by_id(self, user_id: UUID, *, for_update: bool = False) -> User | None:
-        """`for_update`: nobody else changes this user until the caller's transaction ends."""
+    async def find_by_id(self, user_id: UUID, *, for_update: bool = True) -> User | None:
+        """Nobody else changes this user until the caller's transaction ends, but where `for_update` is False."""
         ...
 
-    async def find_by_email(self, email: str) -> User | None:
-        """Upper and lower case are the same to it."""
+    async def newest(self, limit: int) -> list[User]: ...
+
+    async def find_by_email(self, email: str, *, for_update: bool = False) -> User | None:
+        """Upper and lower case are the same to it. Whoever writes afterwards needs `for_update`."""
         ...
+
+
+def is_address(text: str) -> bool:
+    try:
+        _deliverable(text)
+    except InvalidEmail:
+        return False
+    return True
+
+
+def email_key(email: str) -> str:
+    """Equal for addresses that are one person's: however their letters are written, and upper and lower case alike."""
+    try:
+        return _deliverable(email).casefold()
+    except InvalidEmail:
+        return email.casefold()
 
 
 def _deliverable(email: str) -> str:
