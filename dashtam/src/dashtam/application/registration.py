@@ -1,4 +1,4 @@
-"""A person registers, whereupon their settings are initialised and a welcome mail is sent."""
+"""A person registers, whereupon their settings are initialised (and a welcome mail is sent: see `mail`)."""
 
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -7,12 +7,11 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dashtam.application.database import DatabaseProtocol
-from dashtam.application.mail import Mail, Mailer, MailRefused
 from dashtam.domain.events import UserRegistrationSucceeded
 from dashtam.domain.result import Failure, Result, Success
 from dashtam.domain.settings import UserSettings, UserSettingsRepository
 from dashtam.domain.user import EmailTaken, InvalidEmail, User, UserRepository, WeakPassword
-from whereupon import Discard, EventBusProtocol, EventContext
+from whereupon import Discard, EventBusProtocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,27 +70,7 @@ class InitialSettings:
 
     async def initialise_settings(self, event: UserRegistrationSucceeded, session: AsyncSession) -> None:
         with self._database.joined(session):
-            if await self._users.find_by_id(event.user_id) is None:
+            if await self._users.find_by_id(event.user_id, for_update=True) is None:
                 raise Discard(f"there is no user {event.user_id} (any more), so nobody to have settings")
             if await self._settings.find_by_user(event.user_id) is None:
                 await self._settings.save(UserSettings(user_id=event.user_id))
-
-
-class EmailEventHandler:
-    """Writes to people about what happened to them."""
-
-    def __init__(self, mailer: Mailer) -> None:
-        self._mailer = mailer
-
-    async def handle_user_registration_succeeded(self, event: UserRegistrationSucceeded, context: EventContext) -> None:
-        mail = Mail(
-            template="welcome",
-            to=event.email,
-            subject="Welcome to Dashtam",
-            key=context.idempotency_key,
-            variables={"email": event.email},
-        )
-        try:
-            await self._mailer.send(mail)
-        except MailRefused as error:
-            raise Discard(str(error)) from error
