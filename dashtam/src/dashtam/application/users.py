@@ -20,6 +20,7 @@ class AuditRecord:
     outcome: str
     resource_type: str | None
     resource_id: str | None
+    user_id: UUID | None
     context: Mapping[str, object]
     ip_address: str | None
     user_agent: str | None
@@ -31,6 +32,20 @@ class AuditTrail(Protocol):
     async def of_user(self, user_id: UUID, limit: int) -> list[AuditRecord]:
         """The newest first."""
         ...
+
+    async def newest(self, limit: int) -> list[AuditRecord]: ...
+
+    async def newest_ids(self, user_id: UUID | None, limit: int) -> list[UUID]:
+        """Of the events that these would be of; None: of everybody."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeSettings:
+    user_id: UUID
+    currency: str
+    language: str
+    notifications: bool
 
 
 class UserQueries:
@@ -63,6 +78,26 @@ class UserQueries:
                 raise SettingsPending
             return settings
 
+    async def change_settings(self, cmd: ChangeSettings) -> UserSettings:
+        """A simple write that nothing follows from: no event."""
+        async with self._database.get_session():
+            if await self._users.find_by_id(cmd.user_id, for_update=True) is None:
+                raise UserNotFound
+            settings = UserSettings(
+                user_id=cmd.user_id, currency=cmd.currency, language=cmd.language, notifications=cmd.notifications
+            )
+            await self._settings.save(settings)
+            return settings
+
+    async def newest_users(self, *, limit: int) -> list[User]:
+        async with self._database.get_session():
+            return await self._users.newest(limit)
+
+    async def newest_audit(self, *, limit: int) -> list[AuditRecord]:
+        """Of everybody, and of nobody in particular."""
+        async with self._database.get_session():
+            return await self._audit.newest(limit)
+
     async def audit(self, user_id: UUID, *, limit: int) -> list[AuditRecord]:
         async with self._database.get_session():
             await self._find(user_id)
@@ -74,7 +109,7 @@ class UserQueries:
             return await self._notifications.of_user(user_id, limit)
 
     async def _find(self, user_id: UUID) -> User:
-        user = await self._users.find_by_id(user_id)
+        user = await self._users.find_by_id(user_id, for_update=False)
         if user is None:
             raise UserNotFound
         return user

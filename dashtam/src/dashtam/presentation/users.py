@@ -4,16 +4,15 @@ from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from dashtam.application.registration import RegisterUser, RegisterUserHandler
-from dashtam.application.users import UserQueries
-from dashtam.domain.events import UserRegistration
+from dashtam.application.users import ChangeSettings, UserQueries
 from dashtam.domain.result import Failure
 from dashtam.domain.user import LONGEST_EMAIL, LONGEST_PASSWORD
+from dashtam.presentation.authentication import SignedIn, SignedInDependency, require_admin
 from dashtam.presentation.problems import describes, problem_of
-from whereupon import EventBusProtocol
+from dashtam.presentation.sign_up import SignUp
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="how many at most, the newest first")]
 
@@ -26,7 +25,7 @@ class Registration(BaseModel):
 
 
 class Registered(BaseModel):
-    user_id: UUID
+    detail: str = "The rest is in your mailbox."
 
 
 class FromAttributes(BaseModel):
@@ -37,11 +36,21 @@ class UserShown(FromAttributes):
     id: UUID
     email: str
     registered_at: datetime
+    email_verified_at: datetime | None
+    is_admin: bool
 
 
 class SettingsShown(FromAttributes):
     currency: str
     language: str
+    notifications: bool
+
+
+class SettingsChanged(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    currency: str = Field(pattern="^[A-Z]{3}$", examples=["EUR"])
+    language: str = Field(pattern="^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*$", max_length=35, examples=["en"])
     notifications: bool
 
 
@@ -65,38 +74,59 @@ class NotificationShown(FromAttributes):
     created_at: datetime
 
 
-def user_routes(event_bus: EventBusProtocol, register_user: RegisterUserHandler, queries: UserQueries) -> APIRouter:
+def user_routes(sign_up: SignUp, queries: UserQueries, signed_in: SignedInDependency) -> APIRouter:
     routes = APIRouter(prefix="/users", tags=["users"])
 
     @routes.post(
-        "", status_code=201, response_model=Registered, responses=describes(400, 409, 413, 422), name="register"
+        "", status_code=202, response_model=Registered, responses=describes(400, 413, 422, 429), name="register"
     )
-    async def register(body: Registration, response: Response) -> Any:
-        command = RegisterUser(email=body.email, password=body.password.get_secret_value())
-        # the handler publishes Succeeded in its transaction, and that is the outcome of this attempt
-        async with event_bus.workflow(UserRegistration, email=body.email) as attempt:
-            result = await register_user.handle(command)
-            if isinstance(result, Failure):
-                await attempt.failed(result.error.reason)
-        if isinstance(result, Failure):
-            return problem_of(result.error)
-        response.headers["Location"] = f"/users/{result.value}"
-        return Registered(user_id=result.value)
+    async def register(body: Registration) -> Any:
+        """The answer is the same whether somebody has this address already or not."""
+        result = await sign_up.attempt(body.email, body.password.get_secret_value())
+        return problem_of(result.error) if isinstance(result, Failure) else Registered()
 
-    @routes.get("/{user_id}", response_model=UserShown, responses=describes(404, 422))
-    async def show_user(user_id: UUID) -> Any:
+    @routes.get("/me", response_model=UserShown, responses=describes(401, 404))
+    async def show_me(who: SignedIn = Depends(signed_in)) -> Any:
+        return await queries.user(who.user_id)
+
+    @routes.get("/me/settings", response_model=SettingsShown, responses=describes(401, 404))
+    async def show_settings(who: SignedIn = Depends(signed_in)) -> Any:
+        return await queries.settings(who.user_id)
+
+    @routes.put("/me/settings", response_model=SettingsShown, responses=describes(400, 401, 404, 413, 422))
+    async def change_settings(body: SettingsChanged, who: SignedIn = Depends(signed_in)) -> Any:
+        """Nothing follows from it, so no event tells of it."""
+        return await queries.change_settings(ChangeSettings(user_id=who.user_id, **body.model_dump()))
+
+    @routes.get("/me/audit", response_model=list[AuditRecordShown], responses=describes(401, 404, 422))
+    async def show_audit(who: SignedIn = Depends(signed_in), limit: Limit = 100) -> Any:
+        return await queries.audit(who.user_id, limit=limit)
+
+    @routes.get("/me/notifications", response_model=list[NotificationShown], responses=describes(401, 404, 422))
+    async def show_notifications(who: SignedIn = Depends(signed_in), limit: Limit = 100) -> Any:
+        return await queries.notifications(who.user_id, limit=limit)
+
+    @routes.get("", response_model=list[UserShown], responses=describes(401, 403, 422))
+    async def list_users(who: SignedIn = Depends(signed_in), limit: Limit = 100) -> Any:
+        """As an administrator: those who registered last."""
+        require_admin(who)
+        return await queries.newest_users(limit=limit)
+
+    @routes.get("/{user_id}", response_model=UserShown, responses=describes(401, 403, 404, 422))
+    async def show_user(user_id: UUID, who: SignedIn = Depends(signed_in)) -> Any:
+        """Oneself, or as an administrator anybody."""
+        _require_oneself_or_admin(who, user_id)
         return await queries.user(user_id)
 
-    @routes.get("/{user_id}/settings", response_model=SettingsShown, responses=describes(404, 422))
-    async def show_settings(user_id: UUID) -> Any:
-        return await queries.settings(user_id)
-
-    @routes.get("/{user_id}/audit", response_model=list[AuditRecordShown], responses=describes(404, 422))
-    async def show_audit(user_id: UUID, limit: Limit = 100) -> Any:
+    @routes.get("/{user_id}/audit", response_model=list[AuditRecordShown], responses=describes(401, 403, 404, 422))
+    async def show_audit_of(user_id: UUID, who: SignedIn = Depends(signed_in), limit: Limit = 100) -> Any:
+        """Of oneself, or as an administrator of anybody."""
+        _require_oneself_or_admin(who, user_id)
         return await queries.audit(user_id, limit=limit)
 
-    @routes.get("/{user_id}/notifications", response_model=list[NotificationShown], responses=describes(404, 422))
-    async def show_notifications(user_id: UUID, limit: Limit = 100) -> Any:
-        return await queries.notifications(user_id, limit=limit)
-
     return routes
+
+
+def _require_oneself_or_admin(who: SignedIn, user_id: UUID) -> None:
+    if who.user_id != user_id:
+        require_admin(who)
