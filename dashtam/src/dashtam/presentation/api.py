@@ -4,16 +4,25 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 
+from dashtam.application.email_verification import VerifyEmail
 from dashtam.application.logger import LoggerProtocol
-from dashtam.application.registration import RegisterUserHandler
+from dashtam.application.password_change import PasswordChange
+from dashtam.application.password_reset import ForgottenPassword
+from dashtam.application.sessions import Sessions
 from dashtam.application.users import UserQueries
+from dashtam.domain.session import AccessTokens
+from dashtam.presentation.authentication import SignedInDependency
 from dashtam.presentation.body_limit import BodyLimit
+from dashtam.presentation.pace import Pace
+from dashtam.presentation.passwords import password_routes
 from dashtam.presentation.problems import answer_with_problems, describes, problem
+from dashtam.presentation.sessions import session_routes
+from dashtam.presentation.sign_up import SignUp
 from dashtam.presentation.users import user_routes
-from whereupon import EventBusProtocol
+from dashtam.presentation.web.site import Site
 from whereupon.asgi import RequestContextMiddleware
 
 LARGEST_BODY = 64 * 1024  # bytes
@@ -25,9 +34,17 @@ class Health(BaseModel):
 
 def create_api(
     *,
-    event_bus: EventBusProtocol,
-    register_user: RegisterUserHandler,
+    sign_up: SignUp,
+    verify_email: VerifyEmail,
+    sessions: Sessions,
+    access_tokens: AccessTokens,
+    password_change: PasswordChange,
+    forgotten_password: ForgottenPassword,
     queries: UserQueries,
+    pace: Pace,
+    signed_in: SignedInDependency,
+    routers: Sequence[APIRouter],
+    site: Site,
     check_database: Callable[[], Awaitable[None]],
     logger: LoggerProtocol,
     trusted_proxies: Sequence[str],
@@ -37,7 +54,22 @@ def create_api(
     api = FastAPI(
         title="Dashtam", summary="All your accounts, at whichever bank they are, in one place.", lifespan=lifespan
     )
-    api.include_router(user_routes(event_bus, register_user, queries))
+    # Before the users: /users/me/password is not the password of a user whose id is "me".
+    api.include_router(password_routes(verify_email, password_change, forgotten_password, signed_in, pace))
+    api.include_router(user_routes(sign_up, queries, signed_in))
+    api.include_router(session_routes(sessions, access_tokens, signed_in))
+    for router in routers:
+        api.include_router(router)
+    for router in site.routers(
+        sign_up=sign_up,
+        verify_email=verify_email,
+        sessions=sessions,
+        password_change=password_change,
+        forgotten_password=forgotten_password,
+        users=queries,
+        pace=pace,
+    ):
+        api.include_router(router)
 
     @api.get("/health", response_model=Health, responses=describes(503), tags=["health"])
     async def health() -> Any:
@@ -48,7 +80,7 @@ def create_api(
             return problem(503, "The database does not answer.", reason="database_unavailable")
         return Health()
 
-    answer_with_problems(api, logger)
+    answer_with_problems(api, logger, missing_page=site.missing)
     api.add_middleware(BodyLimit, limit=LARGEST_BODY)
     api.add_middleware(RequestContextMiddleware, trusted_proxies=tuple(trusted_proxies))
     return api
