@@ -15,7 +15,13 @@ def mailer(server: MailServer) -> SmtpMailer:
 
 
 def welcome(to: str = "ada@example.com", subject: str = "Welcome to Dashtam", key: str = "1:mail") -> Mail:
-    return Mail(template="welcome", to=to, subject=subject, key=key, variables={"email": to})
+    return Mail(
+        template="welcome",
+        to=to,
+        subject=subject,
+        key=key,
+        variables={"email": to, "link": "https://dashtam.example/verify?token=x"},
+    )
 
 
 def text_of(message: EmailMessage, form: str) -> str:
@@ -67,7 +73,11 @@ async def test_a_subject_can_t_add_a_header() -> None:
 async def test_what_people_typed_is_text_in_html() -> None:
     async with mail_server() as server:
         mail = Mail(
-            template="welcome", to="ada@example.com", subject="<b>", key="k", variables={"email": "<script>alert(1)"}
+            template="welcome",
+            to="ada@example.com",
+            subject="<b>",
+            key="k",
+            variables={"email": "<script>alert(1)", "link": "/"},
         )
         await mailer(server).send(mail)
         (message,) = server.accepted

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from dashtam.infrastructure import schema
+from dashtam.infrastructure.secret_keys import make_key
 from dashtam.infrastructure.tables import Model
 
 pytestmark = pytest.mark.integration
@@ -42,9 +43,12 @@ async def test_an_empty_database_is_named_as_such_with_the_command_to_run(databa
         await engine.dispose()
 
 
+KEYS = {"DASHTAM_SECRET_KEYS": f'["{make_key()}"]'}
+
+
 def dashtam(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dashtam", *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=os.environ | KEYS | environment, capture_output=True, text=True, timeout=60)
 
 
 def test_upgrade_makes_the_tables_in_any_database(database_url: str) -> None:
