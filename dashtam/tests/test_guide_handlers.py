@@ -235,9 +235,7 @@ class Concerns:
         self._database = database
 
     async def send_welcome_email(self, email: str) -> None:
-        await self._mailer.send(
-            Mail(template="welcome", to=email, subject="Welcome", key=email, variables={"email": email})
-        )
+        await self._mailer.send(Mail(template="verified", to=email, subject="Welcome", key=email))
 
     async def create_audit_record(self, user_id: UUID) -> None:
         now = datetime.now(UTC)

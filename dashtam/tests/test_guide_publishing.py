@@ -248,9 +248,11 @@ async def test_what_is_only_read_is_read_without_the_bus(database_url: str) -> N
     assert not any(isinstance(node, ast.Attribute) and node.attr == "publish" for node in shown)
 
     async with served(database_url) as dashtam:
-        user_id = (await dashtam.register(ADA)).json()["user_id"]
-        await assert_registration_was_followed_by_everything(dashtam, UUID(user_id), ADA)
+        await dashtam.register(ADA)
+        await assert_registration_was_followed_by_everything(dashtam, await dashtam.user_id(ADA), ADA)
+        await dashtam.verify(ADA)
+        ada = await dashtam.person(ADA)
         before = await published(dashtam.application.database)
         for read in ("", "/settings", "/audit", "/notifications"):
-            assert (await dashtam.http.get(f"/users/{user_id}{read}")).status_code == 200
+            await ada.get(f"/users/me{read}")
         assert await published(dashtam.application.database) == before

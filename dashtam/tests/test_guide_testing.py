@@ -9,6 +9,7 @@ from served import mail_server
 from dashtam.bootstrap import forget, get_application, get_database, get_event_bus
 from dashtam.infrastructure import schema
 from dashtam.infrastructure.database import Database
+from dashtam.infrastructure.secret_keys import make_key
 from whereupon.testing import own_transactions
 
 test_register_user_publishes_event = block("13-unit-test").test("test_register_user_publishes_event")
@@ -24,6 +25,7 @@ async def _test_database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> 
     async with mail_server() as mail:
         monkeypatch.setenv("DASHTAM_DATABASE_URL", database_url)
         monkeypatch.setenv("DASHTAM_SMTP_PORT", str(mail.port))
+        monkeypatch.setenv("DASHTAM_SECRET_KEYS", f'["{make_key()}"]')
         forget()
         try:
             await schema.upgrade(get_database().engine)
