@@ -1,41 +1,39 @@
-"""`make demo`: Dashtam and its inbox on this machine, a few people registering, and what followed each."""
+"""`make demo`: Dashtam, its inbox and a bank on this machine, what a few people do there, and what followed each."""
 
 import argparse
 import asyncio
-import contextlib
 import secrets
 import signal
-import socket
 import sys
-import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx
-import uvicorn
+from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
-from starlette.types import ASGIApp
 
 from dashtam.bootstrap import Application, Settings, api_of, build
 from dashtam.inbox import Inbox
 from dashtam.infrastructure import schema
+from dashtam.infrastructure.bank import SANDBOX, ProviderSettings
 from dashtam.infrastructure.logs import forward_standard_logging, make_logger
+from dashtam.infrastructure.secret_keys import SecretKeyError, make_key
+from dashtam.serving import HOST, bound, serving
+from dashtam.simulation import simulate
+from dashtam.visitor import PATIENCE, Visitor, WentWrong
 from whereupon import Delivery, DeliveryState, DomainEvent, EventContext, WhereuponError
 
-HOST: Final = "127.0.0.1"
 FOLDER: Final = Path(".demo")
-PATIENCE: Final = 30.0
-"""Seconds until something that did not happen counts as gone wrong."""
 
 _STATES: Final = {
     "succeeded": "green",
@@ -45,16 +43,6 @@ _STATES: Final = {
     "dead": "bold red",
     "skipped": "magenta",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """Somebody who fills in the form, and what they should be answered."""
-
-    name: str
-    email: str
-    password: str
-    status: int
 
 
 class Watcher:
@@ -72,34 +60,32 @@ class Watcher:
             self._more.notify_all()
 
     async def events(self, correlation: UUID, count: int) -> list[DomainEvent]:
-        """The first `count` events of a request, in order, once they are committed."""
+        """What followed from a request so far, in order, once that is `count` events at least."""
         async with self._more:
             await self._more.wait_for(lambda: len(self._seen[correlation]) >= count)
         return sorted(self._seen[correlation], key=lambda event: event.event_id)
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to the demo, which ends several servers in order; `up` is set once it answers, or has failed."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something that a person does, and what should come of it."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.up = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            await super().startup(sockets)
-        finally:
-            self.up.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    visitor: Visitor
+    title: str
+    act: Callable[[], Awaitable[httpx.Response]]
+    status: int
+    mail: str | None = None
+    """The subject of the mail that they should get."""
+    events: int = 2
+    """How many follow at least: an attempt and an outcome."""
+    skipped: bool = False
+    """Whether a handler may say that there is nothing for it to do."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dashtam.demo",
-        description="Start Dashtam with an inbox, register a few people over HTTP, show what followed, and stay up.",
+        description="Start Dashtam with an inbox and a bank, show what a few people do and what follows, and stay up.",
     )
     parser.add_argument(
         "--database-url",
@@ -107,185 +93,254 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"PostgreSQL, say: postgresql+asyncpg://user@host/database (default: SQLite, a new file in {FOLDER}/)",
     )
     parser.add_argument("--once", action="store_true", help="end after the tour: exit code 0 if everything happened")
+    parser.add_argument(
+        "--simulate",
+        type=int,
+        metavar="N",
+        help="instead of the tour let N people live a day, faults included, and account for every event at the end",
+    )
+    parser.add_argument("--seed", type=int, help="of the simulation: the same people do the same (default: any)")
     chosen = parser.parse_args(arguments)
+    if chosen.simulate is not None and not 1 <= chosen.simulate <= 1000:
+        parser.error(f"--simulate {chosen.simulate}: from 1 to 1000 people, as the bank knows no more")
     console = Console()
     try:
-        return asyncio.run(_demo(console, chosen.database_url, once=chosen.once))
+        return asyncio.run(_demo(console, chosen))
     except KeyboardInterrupt:
         return 0
-    except (WhereuponError, schema.SchemaOutdated, OSError) as error:
-        Console(stderr=True).print(f"[red]demo:[/red] {error}", highlight=False, soft_wrap=True)
+    except (WhereuponError, WentWrong, schema.SchemaOutdated, SecretKeyError, OSError) as error:
+        Console(stderr=True).print(f"[red]demo:[/red] {error}", highlight=False, soft_wrap=True, markup=True)
         return 1
 
 
-async def _demo(console: Console, database_url: str | None, *, once: bool) -> int:
+async def _demo(console: Console, chosen: argparse.Namespace) -> int:
     FOLDER.mkdir(exist_ok=True)
-    if database_url is None:
-        database_url = f"sqlite+aiosqlite:///{_new_file()}"
+    database_url = chosen.database_url or f"sqlite+aiosqlite:///{_new_file()}"
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    smtp_door = _bound(1025)
-    smtp_port = smtp_door.getsockname()[1]
-    settings = Settings(database_url=database_url, smtp_port=smtp_port)
+    smtp_door, door = bound(1025), bound(8000)
+    smtp_port, public_url = smtp_door.getsockname()[1], f"http://{HOST}:{door.getsockname()[1]}"
     inbox, watcher = Inbox(), Watcher()
     log_file = FOLDER / "dashtam.log"
     with log_file.open("w", encoding="utf-8") as log:
-        logger = make_logger("json", settings.log_level, log)
-        forward_standard_logging(logger, "WARNING")
-        application = build(settings, logger)
-        application.bus.register(watcher)
-        await application.bus.revision()  # a database that is down is said to be, in one line, before anything starts
-        await schema.upgrade(application.database.engine)
-        async with (
-            inbox.listening(smtp_door),
-            _serving(inbox.app, 8025) as inbox_url,
-            _serving(api_of(application), 8000) as api_url,
-        ):
-            addresses = {
-                "API docs": f"{api_url}/docs",
-                "Inbox": f"{inbox_url}/",
-                "SMTP": f"{HOST}:{smtp_port}",
-                "Database": application.bus.database,
-                "Log": str(log_file),
-            }
-            happened = await _tour(console, application, inbox, watcher, api_url, log_file)
-            _print_addresses(console, addresses)
-            if not once:
-                console.print("Register somebody yourself at the API docs. [bold]Ctrl-C[/bold] ends the demo.")
-                await stop.wait()
-                console.print("\nStopping; handlers that run are let end.")
-        return 0 if happened else 1
+        async with _bank(f"{public_url}/connect/callback") as bank_url:
+            settings = Settings(
+                database_url=database_url,
+                smtp_port=smtp_port,
+                public_url=public_url,
+                providers=(_sandbox(bank_url),),
+                rate_limit_factor=1000.0,  # everybody here comes from one address
+                secret_keys=() if chosen.database_url is None else (SecretStr(make_key()),),
+            )
+            if chosen.simulate is not None:
+                # As cheap as OWASP's advice still allows: many hashes are made at once.
+                settings = settings.model_copy(update={"argon2_memory_kib": 19_456, "argon2_time_cost": 2})
+            logger = make_logger("json", settings.log_level, log)
+            forward_standard_logging(logger, "WARNING")
+            application = build(settings, logger)
+            application.bus.register(watcher)
+            await application.bus.revision()  # a database that is down is said to be, in one line
+            await schema.upgrade(application.database.engine)
+            async with (
+                inbox.listening(smtp_door),
+                serving(inbox.app, 8025) as inbox_url,
+                serving(api_of(application), door=door),
+                httpx.AsyncClient(base_url=public_url, timeout=PATIENCE) as api,
+                httpx.AsyncClient(base_url=bank_url, timeout=PATIENCE) as bank,
+            ):
+                addresses = {
+                    "Dashtam": f"{public_url}/",
+                    "API docs": f"{public_url}/docs",
+                    "Inbox": f"{inbox_url}/",
+                    "Bank": f"{bank_url}/",
+                    "SMTP": f"{HOST}:{smtp_port}",
+                    "Database": application.bus.database,
+                    "Log": str(log_file),
+                }
+
+                def visitor(name: str, email: str, password: str) -> Visitor:
+                    return Visitor(name, email, password, api=api, bank=bank, inbox=inbox)
+
+                if chosen.simulate is not None:
+                    return await simulate(console, application, inbox, visitor, chosen.simulate, chosen.seed, stop)
+                happened = await _tour(console, application, inbox, watcher, visitor, log_file)
+                _print_addresses(console, addresses)
+                if not chosen.once:
+                    console.print(
+                        "Register somebody yourself. The bank takes any name, with the password: sandbox. "
+                        "[bold]Ctrl-C[/bold] ends the demo."
+                    )
+                    await stop.wait()
+                    console.print("\nStopping; handlers that run are let end.")
+                application.live.close()  # a page that is open would keep the server waiting
+    return 0 if happened else 1
+
+
+@asynccontextmanager
+async def _bank(callback: str) -> AsyncIterator[str]:
+    """The sandbox bank, as the process of its own that it is; gives its address."""
+    door = bound(8100)
+    port = door.getsockname()[1]
+    door.close()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "dashtam_sandbox_bank", "--port", str(port), "--redirect-uri", callback),
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the demo, which ends the bank last
+    )
+    assert process.stdout is not None
+    try:
+        said = (await asyncio.wait_for(process.stdout.readline(), PATIENCE)).decode().split()
+        if not said:
+            raise OSError(f"the sandbox bank did not start on port {port}: it ended with {await process.wait()}")
+        yield said[-1]
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def _sandbox(bank_url: str) -> ProviderSettings:
+    return SANDBOX.model_copy(
+        update={
+            "authorize_url": f"{bank_url}/oauth/authorize",
+            "token_url": f"{bank_url}/oauth/token",
+            "revoke_url": f"{bank_url}/oauth/revoke",
+            "api_url": f"{bank_url}/api",
+        }
+    )
 
 
 def _new_file() -> Path:
     path = FOLDER / "dashtam.db"
-    for old in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+    for old in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm", ".key"))):
         old.unlink(missing_ok=True)
     return path
 
 
-def _bound(wanted: int) -> socket.socket:
-    """A socket on the wanted port, or on any free one if that is taken."""
-    for port in (wanted, 0):
-        door = socket.socket()
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind((HOST, port))
-            door.listen()
-        except OSError:
-            door.close()
-        else:
-            return door
-    raise OSError(f"no port is free on {HOST}")
-
-
-@asynccontextmanager
-async def _serving(app: ASGIApp, wanted_port: int) -> AsyncIterator[str]:
-    """Serve an application in this process until the block ends; gives its address."""
-    door = _bound(wanted_port)
-    port = door.getsockname()[1]
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
-    serving = asyncio.create_task(server.serve([door]))
-    serving.add_done_callback(lambda _: server.up.set())
-    try:
-        await server.up.wait()
-        if not server.started:
-            raise OSError(f"the server on port {port} did not start: see {FOLDER}/dashtam.log")
-        yield f"http://{HOST}:{port}"
-    finally:
-        server.should_exit = True
-        await serving
-
-
-def _visitors() -> list[Visitor]:
+def _steps(visitor: Callable[[str, str, str], Visitor]) -> list[Step]:
     run = secrets.token_hex(2)  # on a database that is kept, last time's people are there already
-    ada = f"ada+{run}@example.com"
+    ada = visitor("Ada", f"ada+{run}@example.com", "an analytical engine")
+    grace = visitor("Grace", f"grace+{run}@example.com", "nanoseconds-of-wire")
+    alan = visitor("Alan, in a hurry", f"alan+{run}@example.com", "enigma")
+    nobody = visitor("Someone without an address", "nobody at all", "a long enough password")
+
+    async def sync() -> httpx.Response:
+        await ada.at_bank("POST", "activity", {"transactions": 3})
+        (connection,) = await ada.connections()
+        return await ada.sync(connection["id"])
+
+    async def sync_refused() -> httpx.Response:
+        await ada.at_bank("POST", "grant/revoke")
+        (connection,) = await ada.connections()
+        return await ada.sync(connection["id"])
+
     return [
-        Visitor("Ada", ada, "an analytical engine", 201),
-        Visitor("Grace", f"grace+{run}@example.com", "nanoseconds-of-wire", 201),
-        Visitor("Ada again", ada, "an analytical engine", 409),
-        Visitor("Alan, in a hurry", f"alan+{run}@example.com", "enigma", 422),
-        Visitor("Someone without an address", "nobody at all", "a long enough password", 422),
+        Step(ada, "registers", ada.register, 202, "Welcome to Dashtam"),
+        Step(grace, "registers", grace.register, 202, "Welcome to Dashtam"),
+        Step(ada, "registers again: only her mailbox is told", ada.register, 202, "You have an account with Dashtam"),
+        Step(alan, "registers", lambda: alan.register(expect=422), 422),
+        Step(nobody, "registers", lambda: nobody.register(expect=422), 422),
+        Step(ada, "follows the link in her mail", ada.verify, 204, "You are in"),
+        Step(ada, "logs in", ada.log_in, 201),
+        Step(ada, "connects her bank", ada.connect, 201, "Sandbox Bank is connected to Dashtam", events=6),
+        Step(ada, "pays with her card three times, then syncs", sync, 202, events=4),
+        Step(
+            ada,
+            "ends the consent at her bank, then syncs",
+            sync_refused,
+            202,
+            "Sandbox Bank needs your permission again",
+            events=4,
+            skipped=True,
+        ),
+        Step(
+            ada,
+            "changes her password: every session is over",
+            lambda: ada.change_password("a difference engine"),
+            204,
+            "Your password was changed",
+            events=4,
+        ),
     ]
 
 
 async def _tour(
-    console: Console, application: Application, inbox: Inbox, watcher: Watcher, api_url: str, log_file: Path
+    console: Console,
+    application: Application,
+    inbox: Inbox,
+    watcher: Watcher,
+    visitor: Callable[[str, str, str], Visitor],
+    log_file: Path,
 ) -> bool:
-    """Register people over HTTP, show what followed each; False if something that should have happened did not."""
+    """Have people do things over HTTP, show what followed each; False if something did not happen that should have."""
     happened = True
-    async with httpx.AsyncClient(base_url=api_url, timeout=PATIENCE) as client:
-        for visitor in _visitors():
-            correlation = uuid4()
-            begun = time.perf_counter()
-            response = await client.post(
-                "/users",
-                json={"email": visitor.email, "password": visitor.password},
-                headers={"X-Correlation-ID": str(correlation)},
-            )
-            seconds = time.perf_counter() - begun
-            events = await _settled(application, watcher, correlation)
-            states = await application.bus.deliveries(*[event.event_id for event in events])
-            _print_visit(console, visitor, response, seconds, events, states)
-            mails = inbox.to(visitor.email)
-            if visitor.status == 201:
-                console.print(
-                    f"  in the inbox: {escape(', '.join(mail.subject for mail in mails)) or '[red]nothing[/red]'}\n"
-                )
-            happened &= response.status_code == visitor.status and len(events) == 2
-            happened &= all(state.state == "succeeded" for state in states)
-            happened &= visitor.status != 201 or len(mails) == 1
+    for step in _steps(visitor):
+        answer = await step.act()
+        events = await _settled(application, watcher, step)
+        states = await application.bus.deliveries(*[event.event_id for event in events])
+        _print_step(console, step, answer, events, states)
+        if step.mail is not None:
+            got = step.visitor.mails(step.mail)
+            console.print(f"  in the inbox: {escape(step.mail) if got else '[red]nothing[/red]'}\n")
+            happened &= len(got) == 1
+        fine = {"succeeded", "skipped"} if step.skipped else {"succeeded"}
+        happened &= answer.status_code == step.status and {state.state for state in states} <= fine
     _print_log(console, log_file)
     if not happened:
         console.print("[bold red]Not everything that should have followed did.[/bold red]")
     return happened
 
 
-async def _settled(application: Application, watcher: Watcher, correlation: UUID) -> list[DomainEvent]:
-    """The events of one request, once there are an attempt and an outcome and every handler is done with both."""
+async def _settled(application: Application, watcher: Watcher, step: Step) -> list[DomainEvent]:
+    """What followed from a request, and from that, once every handler is done with all of it."""
+    seen = 0
     async with asyncio.timeout(PATIENCE):
-        events = await watcher.events(correlation, 2)
-    await application.bus.wait_settled(events, PATIENCE)
-    return events
+        while True:
+            events = await watcher.events(step.visitor.correlation, max(step.events, seen))
+            if len(events) == seen:
+                return events
+            seen = len(events)
+            await application.bus.wait_settled(events, PATIENCE)
 
 
-def _print_visit(
-    console: Console,
-    visitor: Visitor,
-    response: httpx.Response,
-    seconds: float,
-    events: list[DomainEvent],
-    states: list[DeliveryState],
+def _print_step(
+    console: Console, step: Step, answer: httpx.Response, events: list[DomainEvent], states: list[DeliveryState]
 ) -> None:
-    answer = Text(f" {response.status_code} {response.reason_phrase} ", "green" if response.is_success else "yellow")
-    console.print(
-        Rule(
-            Text.assemble((visitor.name, "bold"), "  POST /users → ", answer, f"in {seconds * 1000:.0f} ms"),
-            align="left",
-        )
-    )
+    status = Text(f" {answer.status_code} {answer.reason_phrase} ", "green" if answer.is_success else "yellow")
+    asked = f"  {answer.request.method} {answer.request.url.path} → "
+    took = f"in {step.visitor.seconds * 1000:.0f} ms"
+    title = Text.assemble((f"{step.visitor.name} {step.title}", "bold"), asked, status, took)
+    console.print(Rule(title, align="left"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     room = max(30, console.width - 38)  # what the other columns leave
     table.add_column("event, whereupon", header_style="dim", no_wrap=True, overflow="ellipsis", max_width=room)
     table.add_column("state", header_style="dim", min_width=max(map(len, ("with the commit", *_STATES))))
     table.add_column("after", header_style="dim", min_width=7, justify="right")
     table.add_column("took", header_style="dim", min_width=8, justify="right")
-    for event in events:
-        table.add_row(Text(type(event).__name__, "bold"))
-        for state in (state for state in states if state.event_id == event.event_id):
-            inside = state.started_at is None and state.state == "succeeded"
-            after = None if state.started_at is None else (state.started_at - event.occurred_at).total_seconds()
+    occurred = {event.event_id: event.occurred_at for event in events}
+    for name, count in Counter(type(event).__name__ for event in events).items():
+        table.add_row(Text.assemble((name, "bold"), f" ×{count}" if count > 1 else ""))
+        heard: defaultdict[str, list[DeliveryState]] = defaultdict(list)
+        for state in states:
+            if state.event_type == name:
+                heard[state.subscription].append(state)
+        for subscription, found in heard.items():
+            after = [(s.started_at - occurred[s.event_id]).total_seconds() for s in found if s.started_at is not None]
+            seconds = [state.seconds for state in found if state.seconds is not None]
+            inside = not after and all(state.state == "succeeded" for state in found)
+            shown = ", ".join(sorted({state.state for state in found}))
             table.add_row(
-                f"  {state.subscription}",
-                Text("with the commit" if inside else state.state, _STATES.get(state.state, "")),
-                "" if after is None else f"{after * 1000:.0f} ms",
-                "" if state.seconds is None else f"{state.seconds * 1000:.1f} ms",
+                f"  {subscription}",
+                Text("with the commit" if inside else shown, _STATES.get(shown, "yellow")),
+                f"{max(after) * 1000:.0f} ms" if after else "",
+                f"{sum(seconds) * 1000:.1f} ms" if seconds else "",
             )
     console.print(table)
-    for reason in filter(None, (getattr(event, "reason", None) for event in events)):
-        console.print(f"  reason: {reason}\n")
+    for failed in (event for event in events if type(event).__name__.endswith("Failed")):
+        console.print(f"  reason: {getattr(failed, 'reason', '')}")
+    console.print()
 
 
 def _print_log(console: Console, log_file: Path) -> None:

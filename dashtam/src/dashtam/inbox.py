@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import random
 import socket
 from collections import deque
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-KEPT: Final = 1000
+KEPT: Final = 10_000
 """Mails; older ones are dropped."""
 LARGEST: Final = 1024 * 1024
 """Bytes; a larger mail is refused."""
@@ -73,6 +74,10 @@ class Inbox:
     def __init__(self) -> None:
         self._mails: deque[Received] = deque(maxlen=KEPT)
         self._count = 0
+        self._known: set[str] = set()
+        self.greylisted = 0.0
+        """The share of deliveries that are put off: "come back later" (RFC 6647), and taken when they do."""
+        self.put_off = 0
         self.app = Starlette(
             routes=[
                 Route("/", self._list),
@@ -92,6 +97,8 @@ class Inbox:
     async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
         content = envelope.content or b""
         message = message_from_bytes(content if isinstance(content, bytes) else content.encode(), policy=default)
+        if self._is_put_off(str(message["Message-ID"])):
+            return "451 4.7.1 greylisted, come back later"
         self._count += 1
         self._mails.append(
             Received(
@@ -103,6 +110,14 @@ class Inbox:
             )
         )
         return "250 kept"
+
+    def _is_put_off(self, message_id: str) -> bool:
+        # By the mail and not by chance alone: one that comes back is taken.
+        if not self.greylisted or message_id in self._known or random.random() >= self.greylisted:
+            return False
+        self._known.add(message_id)
+        self.put_off += 1
+        return True
 
     @asynccontextmanager
     async def listening(self, door: socket.socket) -> AsyncIterator[None]:
