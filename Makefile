@@ -11,6 +11,9 @@ UV := $(BIN)/uv
 export UV_PYTHON_DOWNLOADS := never
 export UV_SYSTEM_CERTS := 1
 
+# The tests start hundreds of processes. Where this is set, each of them would compile every module anew: seconds, each.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The version is part of the stamp's name: `make PYTHON=python3.13 test` after `make test` installs anew.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 UV_INSTALLED := $(VENV)/.uv-$(UV_VERSION)-$(PYTHON_VERSION)
@@ -49,13 +52,14 @@ $(UV_INSTALLED):
 
 $(INSTALLED): $(UV_INSTALLED) pyproject.toml dashtam/pyproject.toml constraints.txt Makefile
 	@echo "Python $(PYTHON_VERSION): installing into $(VENV)"
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt \
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt \
 		-e '.[sqlite,postgres,psycopg,cli]' -e 'dashtam[demo]' --group dev
 	@touch $@
 
 .PHONY: demo
-demo: $(INSTALLED) ## Dashtam with its inbox; DATABASE_URL=postgresql+asyncpg://… for PostgreSQL, ONCE=1 ends by itself
-	@exec $(BIN)/python -m dashtam.demo $${DATABASE_URL:+--database-url "$$DATABASE_URL"} $${ONCE:+--once}
+demo: $(INSTALLED) ## Dashtam, its inbox and a bank; ONCE=1 ends by itself, SIMULATE=200 is a day of 200 people, DATABASE_URL=…
+	@exec $(BIN)/python -m dashtam.demo $${DATABASE_URL:+--database-url "$$DATABASE_URL"} $${ONCE:+--once} \
+		$${SIMULATE:+--simulate "$$SIMULATE"}
 
 # Two cores are enough to gain from; more than four gain nothing while every test shares one PostgreSQL.
 .PHONY: test
