@@ -64,3 +64,5 @@ def forward_standard_logging(logger: LoggerProtocol, level: str = "INFO") -> Non
     root = logging.getLogger()
     root.handlers[:] = [_Forwarding(logger)]
     root.setLevel(level)
+    for name in ("aiosqlite", "httpx", "httpcore"):  # they tell statements with their values, and a bank's account ids
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
