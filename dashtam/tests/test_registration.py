@@ -149,13 +149,13 @@ async def test_an_address_can_be_registered_once_and_only_its_owner_is_told_so(d
 
 async def test_of_those_who_register_one_address_at_once_one_succeeds(database_url: str) -> None:
     async with served(database_url) as dashtam:
-        answers = await asyncio.gather(*(dashtam.register("ada@example.com") for _ in range(5)))
+        answers = await asyncio.gather(*(dashtam.register("ada@example.com") for _ in range(4)))
 
-        assert [answer.status_code for answer in answers] == [202] * 5
+        assert [answer.status_code for answer in answers] == [202] * 4
         outcomes = [action for action, _, _ in await actions(dashtam)]
-        assert outcomes.count(AuditAction.USER_REGISTRATION_ATTEMPTED) == 5
+        assert outcomes.count(AuditAction.USER_REGISTRATION_ATTEMPTED) == 4
         assert outcomes.count(AuditAction.USER_REGISTERED) == 1
-        assert outcomes.count(AuditAction.USER_REGISTRATION_FAILED) == 4
+        assert outcomes.count(AuditAction.USER_REGISTRATION_FAILED) == 3
         assert await count(dashtam, UserModel) == 1
         await dashtam.mail.message_to("ada@example.com")
 
