@@ -157,6 +157,7 @@ async def test_a_session_revoked_elsewhere_ends_at_the_next_click(browser: Brows
     async with page_of(browser, here) as page, page_of(browser, here) as other:
         await log_in(page, ADA)
         await page.wait_for_url("**/home")
+        await page.goto("/settings")  # unlike the home page it hears of nothing, and so does not leave by itself
         await log_in(other, ADA)
         await other.wait_for_url("**/home")
         await other.goto("/devices")
