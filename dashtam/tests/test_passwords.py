@@ -14,6 +14,9 @@ from test_sessions import ADA, actions, trail
 from dashtam.domain.audit import AuditAction
 from dashtam.domain.events import UserPasswordChangeSucceeded
 from dashtam.domain.one_time_token import Purpose
+from dashtam.domain.result import Success
+from dashtam.infrastructure.database import NoSessionError
+from dashtam.infrastructure.passwords import PasswordHasher
 from dashtam.infrastructure.tables import OneTimeTokenModel
 from dashtam.presentation.pace import Pace
 
@@ -323,3 +326,29 @@ async def test_a_token_s_id_is_that_of_the_event_that_announces_it(sqlite_url: s
         assert row.purpose == Purpose.EMAIL_VERIFICATION.value
         assert UUID(str(event_id)) == UUID(str(row.id))
         assert token
+
+
+async def test_nobody_waits_for_a_transaction_in_which_a_password_is_hashed(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed_in: list[str] = []
+    hash_ = PasswordHasher.hash
+
+    async def spied(self: PasswordHasher, password: str) -> str:
+        try:
+            dashtam.application.database.current("a test")
+        except NoSessionError:
+            hashed_in.append("no transaction")
+        else:
+            hashed_in.append("a transaction")
+        return await hash_(self, password)
+
+    async with served(sqlite_url) as dashtam:
+        ada = await dashtam.sign_up(ADA)
+        monkeypatch.setattr(PasswordHasher, "hash", spied)
+        body = {"current_password": PASSWORD, "new_password": NEW}
+        assert (await ada("PUT", "/users/me/password", json=body)).status_code == 204
+        assert (await dashtam.application.password_reset.reset_password(ada.user_id, f"{NEW}!")) == Success(None)
+        await dashtam.http.post("/password-resets", json={"email": ADA})
+        assert await reset(dashtam, await dashtam.token(ADA, "Choose a new password"), f"{NEW}!!") == (204, None)
+    assert hashed_in == ["no transaction"] * 3

@@ -51,13 +51,16 @@ class PasswordChange:
                         raise UserNotFound
                     if not await self._passwords.matches(cmd.current_password, known.password_hash):
                         raise WrongPassword
+                    checked = known.password_hash
+                    known.change_password(cmd.new_password)
+                    await self._users.hash_password(known)  # before anything is locked
                     async with self._database.get_session() as session:
                         user = await self._users.find_by_id(cmd.user_id, for_update=True)
                         if user is None:
                             raise UserNotFound
-                        if user.password_hash != known.password_hash:  # changed meanwhile
+                        if user.password_hash != checked:  # changed meanwhile
                             raise WrongPassword
-                        user.change_password(cmd.new_password)
+                        user.password_hash = known.password_hash
                         await self._users.save(user)
                         await attempt.succeeded(user_id=user.id, initiated_by="user", session=session)
                 except (UserNotFound, WrongPassword, WeakPassword) as error:

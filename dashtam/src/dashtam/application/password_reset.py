@@ -20,14 +20,20 @@ class PasswordResetService:
 
     async def reset_password(self, user_id: UUID, new_password: str) -> Result[None, UserNotFound | WeakPassword]:
         """As an administrator does it: whoever calls this has checked that they may."""
+        async with self._database.get_session():
+            known = await self._users.find_by_id(user_id, for_update=False)
+        if known is None:
+            return Failure(UserNotFound())
+        try:
+            known.change_password(new_password)
+        except WeakPassword as error:
+            return Failure(error)
+        await self._users.hash_password(known)  # before anything is locked
         async with self._database.get_session() as session:
             user = await self._users.find_by_id(user_id, for_update=True)
             if user is None:
                 return Failure(UserNotFound())
-            try:
-                user.change_password(new_password)
-            except WeakPassword as error:
-                return Failure(error)
+            user.password_hash = known.password_hash
             await self._users.save(user)
             await self._event_bus.publish(
                 UserPasswordChangeSucceeded(user_id=user.id, initiated_by="admin"), session=session
@@ -87,13 +93,18 @@ class ForgottenPassword:
             try:
                 async with self._database.get_session():
                     user_id = await self._tokens.owner(cmd.token, Purpose.PASSWORD_RESET)
+                    known = await self._users.find_by_id(user_id, for_update=False)
+                if known is None:
+                    raise TokenInvalid
+                known.change_password(cmd.new_password)
+                await self._users.hash_password(known)  # before anything is locked
                 async with self._database.get_session() as session:
                     # The user first, everywhere: who locks a token first may wait for who locked the user first.
                     user = await self._users.find_by_id(user_id, for_update=True)
                     if user is None:
                         raise TokenInvalid
                     await self._tokens.redeem(cmd.token, Purpose.PASSWORD_RESET)
-                    user.change_password(cmd.new_password)
+                    user.password_hash = known.password_hash
                     user.verify_email()  # who has the link has the mailbox
                     await self._users.save(user)
                     await attempt.succeeded(user_id=user.id, email=user.email, session=session)

@@ -26,9 +26,7 @@ class SqlUserRepository:
 
     async def save(self, user: User) -> None:
         session = self._database.current("UserRepository.save")
-        if user.new_password is not None:
-            user.password_hash = await self._hasher.hash(user.new_password)
-            user.new_password = None
+        await self.hash_password(user)
         changing = {
             "email": user.email,
             "email_key": email_key(user.email),
@@ -43,6 +41,11 @@ class SqlUserRepository:
             if _EMAIL_TAKEN.search(str(error.orig)):
                 raise EmailTaken from None  # the error quotes the statement, and with it the hash
             raise
+
+    async def hash_password(self, user: User) -> None:
+        if user.new_password is not None:
+            user.password_hash = await self._hasher.hash(user.new_password)
+            user.new_password = None
 
     async def find_by_id(self, user_id: UUID, *, for_update: bool = True) -> User | None:
         return await self._find("UserRepository.find_by_id", UserModel.id == user_id, for_update)
