@@ -11,8 +11,9 @@ from guide.aftermath import published
 from served import PASSWORD, Person, Served, served
 from sqlalchemy import func, select, text, update
 
+from dashtam.application import upkeep
 from dashtam.domain.audit import AuditAction
-from dashtam.infrastructure.tables import AuditLogModel, RateLimitModel, SessionModel
+from dashtam.infrastructure.tables import AuditLogModel, OneTimeTokenModel, RateLimitModel, SessionModel
 
 pytestmark = pytest.mark.integration
 
@@ -291,3 +292,31 @@ async def test_counts_of_tries_are_hashed_and_cleared_away(database_url: str) ->
         await dashtam.log_in("somebody@example.com")
         async with dashtam.application.database.get_session() as session:
             assert await session.scalar(select(func.count()).select_from(RateLimitModel)) == 3
+
+
+async def test_sessions_and_links_are_forgotten_a_while_after_their_end(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "FORGOTTEN_AT_ONCE", 2)
+    async with served(database_url, keep_days=30) as dashtam:
+        database = dashtam.application.database
+        ada = await dashtam.sign_up(ADA)
+        for _ in range(5):
+            await dashtam.log_in(ADA)
+        now = datetime.now(UTC)
+        async with database.get_session() as session:
+            others = SessionModel.id != ada.session_id
+            await session.execute(update(SessionModel).where(others).values(expires_at=now - timedelta(days=31)))
+            await session.execute(update(OneTimeTokenModel).values(expires_at=now - timedelta(days=31)))
+        await dashtam.http.post("/password-resets", json={"email": ADA})
+        link = await dashtam.token(ADA, "Choose a new password")
+        (chore,) = (each for each in dashtam.application.upkeep.chores if each.name == "forget_ended")
+        await chore.do()
+        async with database.get_session() as session:
+            assert list(await session.scalars(select(SessionModel.id))) == [ada.session_id]
+            assert await session.scalar(select(func.count()).select_from(OneTimeTokenModel)) == 1
+        assert await ada.answers("/users/me")
+        answer = await dashtam.http.post(
+            "/password-resets/confirmation", json={"token": link, "new_password": "battery staple 8"}
+        )
+        assert answer.status_code == 204

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from urllib.parse import parse_qs
 from uuid import UUID
 
 import pytest
@@ -11,9 +12,10 @@ from banked import Banked, banked
 from served import Person, Served, eventually
 from sqlalchemy import select, update
 
-from dashtam.application.token_refresh import KEPT_UNTIL, LEASE, TokenRefresher, Upkeep
+from dashtam.application.token_refresh import KEPT_UNTIL, LEASE, TokenRefresher
+from dashtam.application.upkeep import Chore, Upkeep
 from dashtam.bootstrap import Settings, build
-from dashtam.domain.connection import InvalidGrant, ProviderUnavailable, Tokens
+from dashtam.domain.connection import InvalidGrant, NotConnected, ProviderUnavailable, Tokens
 from dashtam.domain.events import TokenRefreshFailed
 from dashtam.infrastructure.bank import SANDBOX
 from dashtam.infrastructure.connections import SqlConnectionRepository
@@ -304,38 +306,35 @@ async def test_a_token_without_a_refresh_token_is_used_until_it_ends(sqlite_url:
 
 async def test_the_upkeep_replaces_what_ends_soon_and_nothing_else(database_url: str) -> None:
     async with ready(database_url) as (here, _, connection_id):
-        upkeep = here.dashtam.application.connections.upkeep
-        await upkeep.refresh_expiring()
+        expiring = here.dashtam.application.connections.expiring_tokens
+        await expiring.refresh()
         assert await here.count("TokenRefreshAttempted") == 0
         here.clock.advance(minutes=11)
-        await upkeep.refresh_expiring()
-        await upkeep.refresh_expiring()
+        await expiring.refresh()
+        await expiring.refresh()
         assert await here.count("TokenRefreshSucceeded") == 1
         ends = (await stored(here, connection_id)).expires_at
         assert ends is not None
         assert ends - here.clock() > KEPT_UNTIL
 
+        here.clock.advance(minutes=20)  # it has ended: whoever needs one next renews it, and nobody asks for ever
+        await expiring.refresh()
+        assert await here.count("TokenRefreshAttempted") == 1
+
 
 async def test_the_upkeep_goes_on_after_banks_and_databases_that_fail(sqlite_url: str) -> None:
     async with ready(sqlite_url) as (here, _, _connection_id):
         application = here.dashtam.application
-        parts = application.connections
-        upkeep = Upkeep(
-            parts.refresher,
-            repository_of(here),
-            application.database,
-            here.clock,
-            application.logger,
-            interval=timedelta(milliseconds=20),
-        )
+        refresh = application.connections.expiring_tokens.refresh
+        chores = [Chore(name="refresh_tokens", do=refresh, every=timedelta(milliseconds=20))]
         async with application.database.get_session() as session:
             sealed = await session.scalar(select(ConnectionModel.sealed_tokens))
         async with application.database.get_session() as session:
             await session.execute(update(ConnectionModel).values(sealed_tokens="broken"))
         here.clock.advance(minutes=11)
-        running = asyncio.create_task(upkeep.run())
+        running = asyncio.create_task(Upkeep(chores, application.logger).run())
         try:
-            await here.dashtam.logged("token_upkeep_failed")
+            await here.dashtam.logged("upkeep_failed")
             await here.fault(at="token", status=500, times=2)
             async with application.database.get_session() as session:
                 await session.execute(update(ConnectionModel).values(sealed_tokens=sealed))
@@ -345,3 +344,29 @@ async def test_the_upkeep_goes_on_after_banks_and_databases_that_fail(sqlite_url
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
+
+
+async def test_what_a_bank_renews_for_a_user_who_disconnects_meanwhile_is_revoked(database_url: str) -> None:
+    async with ready(database_url) as (here, ada, connection_id):
+        old = await stored(here, connection_id)
+        here.clock.advance(minutes=15)
+        before = here.wire.asked("/oauth/token")
+        here.wire.held["/oauth/token"] = let_go = asyncio.Event()
+        refreshing = asyncio.create_task(refresher(here).access(connection_id))
+
+        async def asked() -> bool:
+            return here.wire.asked("/oauth/token") == before + 1
+
+        await eventually(asked)
+        assert (await ada("DELETE", f"/connections/{connection_id}")).status_code == 204
+        let_go.set()
+        with pytest.raises(NotConnected):
+            await refreshing
+
+        async def revoked() -> bool:
+            asked = [request for request in here.wire.requests if request.url.path == "/oauth/revoke"]
+            tokens = {parse_qs(request.content.decode())["token"][0] for request in asked}
+            return old.refresh in tokens and len(tokens - {old.access, old.refresh}) > 0
+
+        await eventually(revoked)
+        assert here.bank.grants.of("Ada") == []

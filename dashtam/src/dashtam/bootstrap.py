@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -34,7 +34,8 @@ from dashtam.application.password_reset import ForgottenPassword, PasswordResetS
 from dashtam.application.registration import InitialSettings, RegisterUserHandler
 from dashtam.application.sessions import SessionEventHandler, Sessions
 from dashtam.application.sync import LONGEST_SYNC, AccountSync, RequestSyncHandler, TransactionSync
-from dashtam.application.token_refresh import ReauthorizationReaction, TokenRefresher, Upkeep
+from dashtam.application.token_refresh import ExpiringTokens, ReauthorizationReaction, TokenRefresher
+from dashtam.application.upkeep import Chore, Forgetting, Upkeep
 from dashtam.application.user_mail import UserMail
 from dashtam.application.users import UserQueries
 from dashtam.domain.events import (
@@ -89,6 +90,8 @@ class Settings(BaseSettings):
     database_url: str = "sqlite+aiosqlite:///dashtam.db"
     deliver: bool = True
     """Whether this process delivers events too; otherwise `whereupon worker dashtam.bootstrap:get_event_bus` does."""
+    keep_days: Annotated[int, Field(ge=1)] | None = 90
+    """So long the log keeps events that everybody has got, and sessions and links are kept after their end."""
     lease_seconds: Annotated[float, Field(ge=1)] = 30.0
     """What a process that died had begun is free for others after so long."""
 
@@ -147,7 +150,7 @@ class Connections:
     queries: ConnectionQueries
     accounts: AccountQueries
     refresher: TokenRefresher
-    upkeep: Upkeep
+    expiring_tokens: ExpiringTokens
     http: BankHttp
     seal: Seal
 
@@ -175,6 +178,7 @@ class Application:
     connections: Connections
     live: Live
     activity: Activity
+    upkeep: Upkeep
     form_keys: tuple[bytes, ...] = field(repr=False)
 
     async def prepare(self) -> None:
@@ -188,18 +192,15 @@ class Application:
     async def running(self) -> AsyncIterator[None]:
         """Events are delivered; on leaving, handlers that run are waited for."""
         await self.prepare()
-        upkeep: asyncio.Task[None] | None = None
         try:
             async with self.bus:
-                if self.settings.deliver:
-                    upkeep = asyncio.create_task(self.connections.upkeep.run())
+                upkeep = asyncio.create_task(self.upkeep.run())
                 try:
                     yield
                 finally:
-                    if upkeep is not None:
-                        upkeep.cancel()
-                        with suppress(asyncio.CancelledError):
-                            await upkeep
+                    upkeep.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await upkeep
         finally:
             await self.connections.http.aclose()
 
@@ -218,7 +219,10 @@ def build(
     """`bank_transport` and `clock` are for tests: a bank in the same process, and tokens that end when told to."""
     logger = logger or make_logger(settings.log_format, settings.log_level)
     keys = keys_for(settings.database_url, [key.get_secret_value() for key in settings.secret_keys])
-    bus = EventBus(settings.database_url, logger=logger, deliver=settings.deliver, lease=settings.lease_seconds)
+    kept = None if settings.keep_days is None else timedelta(days=settings.keep_days)
+    bus = EventBus(
+        settings.database_url, logger=logger, deliver=settings.deliver, lease=settings.lease_seconds, retain=kept
+    )
     database = Database(bus.engine)
     passwords = PasswordHasher(time_cost=settings.argon2_time_cost, memory_kib=settings.argon2_memory_kib)
     users = SqlUserRepository(database, passwords)
@@ -260,6 +264,10 @@ def build(
     connections = _connections(
         settings, keys, bus, database, BankHttp(bank_transport), UserMail(mailer, users, database), logger, clock
     )
+    chores = [Chore(name="refresh_tokens", do=connections.expiring_tokens.refresh, every=timedelta(minutes=1))]
+    if kept is not None:
+        forgetting = Forgetting([sessions, tokens], database, kept)
+        chores.append(Chore(name="forget_ended", do=forgetting.forget, every=timedelta(hours=1)))
 
     live = Live()
     bus.register(live)
@@ -288,6 +296,7 @@ def build(
         connections=connections,
         live=live,
         activity=Activity(audit, notifications, connections.queries, database),
+        upkeep=Upkeep(chores, logger),
         form_keys=tuple(keys.derived("csrf")),
     )
 
@@ -340,7 +349,7 @@ def _connections(
         queries=ConnectionQueries(banks, connections, database),
         accounts=AccountQueries(database, accounts, transactions),
         refresher=refresher,
-        upkeep=Upkeep(refresher, connections, database, clock, logger),
+        expiring_tokens=ExpiringTokens(refresher, connections, database, clock),
         http=http,
         seal=seal,
     )

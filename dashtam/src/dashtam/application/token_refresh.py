@@ -12,7 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dashtam.application.bank import Banks, Clock
 from dashtam.application.database import DatabaseProtocol
-from dashtam.application.logger import LoggerProtocol
 from dashtam.application.user_mail import UserMail
 from dashtam.domain import events
 from dashtam.domain.connection import (
@@ -172,36 +171,18 @@ class TokenRefresher:
         return connection
 
 
-class Upkeep:
-    """Replaces access tokens that end soon, so that who needs one rarely waits for it."""
+class ExpiringTokens:
+    """Access tokens that end soon are replaced ahead of that, so that who needs one rarely waits for it."""
 
     def __init__(
-        self,
-        refresher: TokenRefresher,
-        connections: ConnectionRepository,
-        database: DatabaseProtocol,
-        clock: Clock,
-        logger: LoggerProtocol,
-        *,
-        interval: timedelta = timedelta(minutes=1),
+        self, refresher: TokenRefresher, connections: ConnectionRepository, database: DatabaseProtocol, clock: Clock
     ) -> None:
         self._refresher = refresher
         self._connections = connections
         self._database = database
         self._clock = clock
-        self._logger = logger
-        self._interval = interval.total_seconds()
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            await asyncio.sleep(random.uniform(0.8, 1) * self._interval)  # processes don't all look at once
-            try:
-                await self.refresh_expiring()
-            except Exception as error:  # whatever it is, the next round may do better
-                self._logger.error("token_upkeep_failed", error_type=type(error).__name__, exc_info=error)
-
-    async def refresh_expiring(self) -> None:
+    async def refresh(self) -> None:
         async with self._database.get_session():
             now = self._clock()  # those that have ended already are renewed when they are next needed
             expiring = await self._connections.expiring(now, now + KEPT_UNTIL, limit=1000)

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, and_, select, update
 
 from dashtam.domain.one_time_token import LIFETIME, Purpose, TokenExpired, TokenInvalid, TokenUsed
 from dashtam.infrastructure.database import Database
-from dashtam.infrastructure.rows import insert
+from dashtam.infrastructure.rows import delete_ended, insert
 from dashtam.infrastructure.secret_keys import SecretKeys
 from dashtam.infrastructure.tables import OneTimeTokenModel
 
@@ -99,6 +99,10 @@ class SqlOneTimeTokens:
             )
             .values(used_at=datetime.now(UTC))
         )
+
+    async def forget_ended(self, before: datetime, limit: int) -> int:
+        session = self._database.current("OneTimeTokens.forget_ended")
+        return await delete_ended(session, OneTimeTokenModel, before, limit)
 
     @staticmethod
     def _token(token_id: UUID, key: bytes) -> str:

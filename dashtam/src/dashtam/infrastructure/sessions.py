@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 
 from dashtam.domain.session import NotLoggedIn, OpenedSession, RefreshTokenReused, Session
 from dashtam.infrastructure.database import Database
-from dashtam.infrastructure.rows import insert
+from dashtam.infrastructure.rows import delete_ended, insert
 from dashtam.infrastructure.secret_keys import SecretKeys
 from dashtam.infrastructure.tables import SessionModel, UserModel
 
@@ -145,6 +145,10 @@ class SqlSessionRepository:
             .returning(SessionModel.id)
         )
         return len(closed.all())
+
+    async def forget_ended(self, before: datetime, limit: int) -> int:
+        session = self._database.current("SessionRepository.forget_ended")
+        return await delete_ended(session, SessionModel, before, limit)
 
     async def note_use(self, session_id: UUID) -> None:
         session = self._database.current("SessionRepository.note_use")

@@ -73,7 +73,7 @@ class UserSettingsModel(Model):
 
 class SessionModel(Model):
     __tablename__ = "sessions"
-    __table_args__ = (Index("ix_sessions_user_id", "user_id"),)
+    __table_args__ = (Index("ix_sessions_user_id", "user_id"), Index("ix_sessions_expires_at", "expires_at"))
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     user_id: Mapped[UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
@@ -92,7 +92,10 @@ class SessionModel(Model):
 
 class OneTimeTokenModel(Model):
     __tablename__ = "one_time_tokens"
-    __table_args__ = (Index("ix_one_time_tokens_user_id", "user_id"),)
+    __table_args__ = (
+        Index("ix_one_time_tokens_user_id", "user_id"),
+        Index("ix_one_time_tokens_expires_at", "expires_at"),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     user_id: Mapped[UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))

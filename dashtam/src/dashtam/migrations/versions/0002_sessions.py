@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("closed_because", sa.Text(), nullable=True),
     )
     op.create_index("ix_sessions_user_id", "sessions", ["user_id"])
+    op.create_index("ix_sessions_expires_at", "sessions", ["expires_at"])
     op.create_table(
         "one_time_tokens",
         sa.Column("id", sa.Uuid(), primary_key=True),
@@ -40,6 +41,7 @@ def upgrade() -> None:
         sa.Column("used_at", sa.DateTime(timezone=True), nullable=True),
     )
     op.create_index("ix_one_time_tokens_user_id", "one_time_tokens", ["user_id"])
+    op.create_index("ix_one_time_tokens_expires_at", "one_time_tokens", ["expires_at"])
     op.create_table(
         "rate_limits",
         sa.Column("key", sa.Text(), primary_key=True),
