@@ -1,71 +1,29 @@
 """Dashtam and the sandbox bank at addresses of their own, and a real browser to look at them with."""
 
-import asyncio
-import contextlib
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import pytest
-import uvicorn
 from playwright.async_api import Browser, Page, async_playwright
 from served import PASSWORD, MailServer, Served, served
-from starlette.types import ASGIApp
 
 from dashtam.bootstrap import api_of
 from dashtam.infrastructure.bank import SANDBOX
+from dashtam.serving import HOST, bound, serving
 from dashtam_sandbox_bank import Bank, BankSettings, create_bank
 
-HOST: Final = "127.0.0.1"
 PATIENCE: Final = 15_000.0
 """Milliseconds until the browser counts what it waits for as not happening."""
 CHROMIUM: Final = ("chromium", "chromium-browser", "google-chrome")
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to pytest; `up` is set once it answers, or has failed."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.up = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            await super().startup(sockets)
-        finally:
-            self.up.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def door() -> socket.socket:
-    """A socket on a free port."""
-    bound = socket.socket()
-    bound.bind((HOST, 0))
-    return bound
-
-
-def address(bound: socket.socket) -> str:
-    return f"http://{HOST}:{bound.getsockname()[1]}"
-
-
-@asynccontextmanager
-async def serving(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    running = asyncio.create_task(server.serve([bound]))
-    try:
-        await server.up.wait()
-        assert server.started
-        yield
-    finally:
-        server.should_exit = True
-        await running
+def address(door: socket.socket) -> str:
+    return f"http://{HOST}:{door.getsockname()[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +42,7 @@ class Town:
 
 @asynccontextmanager
 async def town(database_url: str, mail: MailServer | None = None) -> AsyncIterator[Town]:
-    here, there = door(), door()
+    here, there = bound(0), bound(0)
     url, bank_url = address(here), address(there)
     provider = SANDBOX.model_copy(
         update={
@@ -96,9 +54,9 @@ async def town(database_url: str, mail: MailServer | None = None) -> AsyncIterat
     )
     bank = create_bank(BankSettings(issuer=bank_url, redirect_uris=(f"{url}/connect/callback",)))
     async with (
-        serving(bank, there),
+        serving(bank, door=there, lifespan="off"),
         served(database_url, mail, public_url=url, providers=(provider,)) as dashtam,
-        serving(api_of(dashtam.application), here),
+        serving(api_of(dashtam.application), door=here, lifespan="off"),
     ):
         try:
             yield Town(dashtam=dashtam, url=url, bank=bank.state.bank, bank_url=bank_url)
