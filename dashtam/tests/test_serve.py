@@ -2,10 +2,11 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -63,3 +64,25 @@ async def test_a_port_that_is_taken_is_an_error(tmp_path: Path, unused_tcp_port:
             output, _ = other.communicate(timeout=30)
     assert other.returncode > 0
     assert "address already in use" in output
+
+
+async def test_what_a_client_says_of_its_address_is_not_believed_and_its_password_s_hash_is_in_no_log(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    database = tmp_path / "app.db"
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    environment = {"DASHTAM_DATABASE_URL": f"sqlite+aiosqlite:///{database}", "DASHTAM_LOG_LEVEL": "DEBUG"}
+    with serving(unused_tcp_port, **environment) as process:
+        await eventually(lambda: answers(process, url))
+        async with httpx.AsyncClient(base_url=url, headers={"X-Forwarded-For": "203.0.113.7"}) as http:
+            person = {"email": "ada@example.com", "password": "correct horse 7"}
+            assert (await http.post("/users", json=person)).status_code == 202
+        process.terminate()
+        output, _ = process.communicate(timeout=30)
+    with closing(sqlite3.connect(database)) as connection:
+        ((hashed,),) = connection.execute("SELECT password_hash FROM users").fetchall()
+        found = connection.execute("SELECT DISTINCT ip_address FROM whereupon_audit")
+        assert found.fetchall() == [("127.0.0.1",)]
+    assert '"level": "debug"' in output
+    assert hashed not in output
+    assert "correct horse 7" not in output
