@@ -295,6 +295,38 @@ async def test_settling_finds_its_cursors_by_their_key(long: Explained) -> None:
             await long.store.move(connection, moves[0], uuid4(), kept)
 
 
+async def test_settling_looks_at_one_version_of_a_row_though_a_snapshot_keeps_them_all(long: Explained) -> None:
+    """Found by its key, a row costs a look at each of its versions: a report that runs for an hour would slow all."""
+    cursors = [await now(long.store, name) for name in NAMES]
+    moves = [Move(cursor, cursor.place, [], []) for cursor in cursors]
+    async with long.store.engine.connect() as plain:
+        old = await plain.execution_options(isolation_level="REPEATABLE READ")
+        await old.execute(text("SELECT count(*) FROM whereupon_cursor"))
+        for _ in range(FEW * 2):
+            assert len(await long.store.settle(moves, uuid4(), [])) == 2
+        with long.cheap("whereupon_cursor", rows=2) as seen:
+            await long.store.settle(moves, uuid4(), [])
+        assert len(seen) == 1
+        with long.cheap("whereupon_cursor", rows=2):
+            async with long.store.own.begin() as connection:
+                await long.store.move(connection, moves[0], uuid4())
+
+
+async def test_a_row_that_somebody_else_has_changed_is_found_by_its_key(long: Explained) -> None:
+    cursors = [await now(long.store, name) for name in NAMES]
+    moves = [Move(cursor, cursor.place, [], []) for cursor in cursors]
+    await long.store.calm(cursors[0])
+    with statements() as seen:
+        assert len(await long.store.settle(moves, uuid4(), [])) == 2
+        assert len(await long.store.settle(moves, uuid4(), [])) == 2
+    assert len(seen) == 3
+    await long.store.calm(cursors[0])
+    async with long.store.writing() as connection:
+        await long.store.move(connection, moves[0], uuid4())
+        await connection.rollback()
+    assert len(await long.store.settle(moves, uuid4(), [])) == 2
+
+
 @analyzed_only
 async def test_claiming_looks_at_exceptions_of_that_subscription_only(long: Explained) -> None:
     cursor = await now(long.store, "two")

@@ -50,7 +50,11 @@ async def tables(url: str) -> set[str]:
 
     def names(connection: Connection) -> set[str]:
         found = inspect(connection).get_table_names()
-        return {name for name in found if not name.startswith(("sqlite_", "whereupon_log_", "whereupon_cluster"))}
+        return {
+            name
+            for name in found
+            if not name.startswith(("sqlite_", "whereupon_log_", "whereupon_cluster", "whereupon_epoch"))
+        }
 
     found: set[str] = await on(url, names)
     return found

@@ -34,6 +34,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from whereupon.errors import PlaceLost
 from whereupon.store import (
     Cursor,
     LaneKey,
@@ -58,6 +59,12 @@ class Place(NamedTuple):
     """While a window is paged: the snapshot that it ends with."""
     page: int = 0
     """While a window is paged: the position up to which it is handled."""
+    epoch: str | None = None
+    """Of what was read since a cursor was claimed: between which crashes of the server. None is good for ever.
+
+    What reached the disk with a cursor is behind all transaction ids that a server hands out after a crash. What was
+    only read is not: an id that was rolled back, and of which nothing had reached the disk, comes again.
+    """
 
 
 NOTHING: Final = "1:1:"
@@ -76,6 +83,9 @@ _KEY = "subscription = :subscription AND generation = :generation AND lane = :la
 _STALLED = "set_config('idle_in_transaction_session_timeout', CAST(:stalled AS text), true)"
 """Has the server end a session that then idles in this transaction, with rows locked, for longer than `stalled_ms`."""
 
+
+_EPOCH = "(SELECT CAST(id AS text) FROM whereupon_epoch)"
+"""Which time between two crashes this is; NULL from a crash until the next claim. A crash empties unlogged tables."""
 
 # To ask which cluster this is costs more than to write an event. A server that was not started again since it was asked
 # is in the same one, whatever pooler stands before it.
@@ -126,6 +136,7 @@ class PostgresStore(Store):
         self._compiled: dict[TextClause, tuple[str, list[str]]] | None = None
         """Queries as asyncpg takes them, and which parameter is which; None with another driver."""
         self._seen: str | None = None
+        self._seen_in: str | None = None
         self._workers: str | None = None
         self.marks: list[tuple[int, int]] = []
         """Positions, each with a transaction id that is higher than that of any row up to there; see `retention`."""
@@ -248,6 +259,7 @@ class PostgresStore(Store):
 
     async def claim(self, lanes: Sequence[LaneState], owner: UUID) -> list[Cursor]:
         async with self.writing() as connection:
+            await connection.execute(_BEGIN_EPOCH)
             rows = await connection.execute(
                 _CLAIM,
                 {
@@ -262,9 +274,10 @@ class PostgresStore(Store):
                 Cursor(
                     LaneKey(row.subscription, row.generation, row.lane),
                     row.token,
-                    Place(row.snapshot, row.target, row.page),
+                    Place(row.snapshot, row.target, row.page, row.epoch),
                     set(row.done),
                     crashes=row.crashes,
+                    row=row.found,
                 )
                 for row in rows
             ]
@@ -299,7 +312,16 @@ class PostgresStore(Store):
                 "(:subscription, :generation, :lane, CAST(CAST(:snapshot AS text) AS pg_snapshot), "
                 "CAST(CAST(:target AS text) AS pg_snapshot), :page, :token)"
             ),
-            [{**key._asdict(), **place._asdict(), "token": token} for key in keys],
+            [
+                {
+                    **key._asdict(),
+                    "snapshot": place.snapshot,
+                    "target": place.target,
+                    "page": place.page,
+                    "token": token,
+                }
+                for key in keys
+            ],
         )
 
     async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -380,19 +402,25 @@ class PostgresStore(Store):
                 }
                 found = await query(_WINDOW[toward is None, types is None], parameters)
                 now: str = found[0][0]
-                rows = [Row(*row[1:]) for row in found if row[1] is not None]
+                epoch: str | None = found[0][1]
+                for seen in (place, toward):
+                    if seen is not None and seen.epoch not in (None, epoch):
+                        raise PlaceLost(_CRASHED)
+                if place.epoch is None:
+                    epoch = None
+                rows = [Row(*row[2:]) for row in found if row[2] is not None]
                 if len(rows) <= limit:
                     rows.sort(key=lambda row: row.position)
-                    return Page(rows, (place.snapshot, now), Place(now), toward is None)
+                    return Page(rows, (place.snapshot, now, epoch), Place(now, epoch=epoch), toward is None)
                 # more than a page: from its least position on, which a late commit may have put far back
                 first: int = (await query(_FIRST, {**_unseen_by(place.snapshot), "target": now, "floor": floor}))[0][0]
-                place = Place(place.snapshot, now, first - 1)
+                place = Place(place.snapshot, now, first - 1, epoch)
             rows = await self._next_of(query, place, types, limit)
         assert place.target is not None
         ended = len(rows) < limit
-        after = Place(place.target) if ended else Place(place.snapshot, place.target, rows[-1].position)
+        after = Place(place.target, epoch=place.epoch) if ended else place._replace(page=rows[-1].position)
         # what was committed since the window was opened is not in it: the next read looks for that
-        return Page(rows, (place.snapshot, place.target), after, False)
+        return Page(rows, (place.snapshot, place.target, place.epoch), after, False)
 
     async def _next_of(self, query: _Query, place: Place, types: Sequence[str] | None, limit: int) -> list[Row]:
         """The next `limit` rows of a paged window, or what is left of it.
@@ -422,8 +450,9 @@ class PostgresStore(Store):
             if after >= last:
                 return rows
 
-    def within(self, window: tuple[str, str], position: int) -> Place:
-        return Place(*window, position)
+    def within(self, window: tuple[str, str, str | None], position: int) -> Place:
+        snapshot, target, epoch = window
+        return Place(snapshot, target, position, epoch)
 
     def is_later(self, place: Place, other: Place) -> bool:
         return _age(place.snapshot) > _age(other.snapshot)
@@ -444,17 +473,27 @@ class PostgresStore(Store):
                     },
                 )
             ).one()
-        grown, changed = self._seen is None or row.grown, row.workers != self._workers
-        self._seen, self._workers = row.now, row.workers
+        grown = self._seen is None or row.grown or row.epoch != self._seen_in
+        changed = row.workers != self._workers
+        self._seen, self._seen_in, self._workers = row.now, row.epoch, row.workers
         due = [] if row.due is None else msgspec.json.decode(row.due, type=list[LaneKey])
         return Pulse(grown, due, changed or row.restless)
 
     # --- settling ---------------------------------------------------------------------------------------------------
 
     async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
+        held = await self._settle(_SETTLE_ROWS, moves, worker, remembered)
+        if len(held) < len(moves):  # their rows are somewhere else, or the lanes somebody else's
+            rest = [move for move in moves if move.cursor.key not in held]
+            held |= await self._settle(_SETTLE, rest, worker, [])
+        return held
+
+    async def _settle(
+        self, statement: TextClause, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]
+    ) -> set[LaneKey]:
         async with self.reading() as connection:  # one statement, and so a transaction by itself
             rows = await connection.execute(
-                _SETTLE,
+                statement,
                 {
                     "names": [move.cursor.key.subscription for move in moves],
                     "generations": [move.cursor.key.generation for move in moves],
@@ -465,10 +504,16 @@ class PostgresStore(Store):
                     "pages": [move.place.page for move in moves],
                     "adds": [_array(move.add) for move in moves],
                     "drops": [_array(move.drop) for move in moves],
+                    "rows": [move.cursor.row for move in moves],
+                    "epochs": [move.place.epoch for move in moves],
+                    "count": len(moves),
                     **self._kept(worker, remembered),
                 },
             )
-            return {LaneKey(*row) for row in rows}
+            found = {LaneKey(*key): row for *key, row in rows}
+        for move in moves:
+            move.cursor.row = found.get(move.cursor.key, move.cursor.row)
+        return set(found)
 
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
         held = await connection.execute(
@@ -481,19 +526,27 @@ class PostgresStore(Store):
     async def move(
         self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()
     ) -> None:
-        moved = await connection.execute(
-            _MOVE,
-            {
-                **_key(move.cursor),
-                **move.place._asdict(),
-                "add": _array(move.add),
-                "drop": _array(move.drop),
-                "stalled": self._stalled,
-                **self._kept(worker, remembered),
-            },
-        )
-        if moved.first() is None:
-            raise lost(move.cursor)
+        moved = None
+        for statement in (_MOVE_ROW, _MOVE):
+            moved = (
+                await connection.execute(
+                    statement,
+                    {
+                        **_key(move.cursor),
+                        **move.place._asdict(),
+                        "add": _array(move.add),
+                        "drop": _array(move.drop),
+                        "row": move.cursor.row,
+                        "stalled": self._stalled,
+                        **self._kept(worker, remembered),
+                    },
+                )
+            ).first()
+            if moved is not None:
+                move.cursor.row = moved.found
+                return
+            remembered = ()  # the first statement has kept it
+        raise lost(move.cursor)
 
     def _kept(self, worker: UUID, remembered: Sequence[Remembered]) -> dict[str, Any]:
         kept = [self._remembered(worker, one) for one in remembered]
@@ -570,7 +623,8 @@ def _window(now_is_target: bool, all_types: bool) -> TextClause:
         wanted += f" AND pg_visible_in_snapshot(l.tx_id, {_snapshot('toward')})"
     target = _NOW if now_is_target else _snapshot("toward")
     query = text(
-        f"SELECT s.now, r.* FROM (SELECT CAST({target} AS text) AS now) s LEFT JOIN LATERAL ("
+        f"SELECT s.now, s.epoch, r.* FROM (SELECT CAST({target} AS text) AS now, {_EPOCH} AS epoch) s "
+        "LEFT JOIN LATERAL ("
         f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_SINCE}{wanted} {_BY_ID} LIMIT :limit) UNION ALL "
         f"(SELECT {_COLUMNS} FROM whereupon_log l WHERE {_LATE}{wanted} {_BY_ID} LIMIT :limit) LIMIT :limit) r ON true"
     ).bindparams(bindparam("floor", type_=BigInteger()), *([_HOME] if now_is_target else []))
@@ -634,6 +688,12 @@ _APPEND: Final = {
     for positions in (False, True)
 }
 
+_CRASHED: Final = (
+    "the server crashed since this was read, and hands out transaction ids again that had been rolled back by then: "
+    "the lanes are taken anew, and read from where they are settled"
+)
+_BEGIN_EPOCH: Final = text("INSERT INTO whereupon_epoch DEFAULT VALUES ON CONFLICT DO NOTHING")
+
 _CLAIM: Final = text(
     "UPDATE whereupon_cursor AS c SET owner = :owner, token = c.token + 1, "
     "crashes = CASE WHEN c.owner IS NULL OR c.owner = :owner THEN c.crashes "
@@ -646,7 +706,8 @@ _CLAIM: Final = text(
     "WHERE p.id = k.owner AND p.lease_until > statement_timestamp()) FOR UPDATE OF k SKIP LOCKED) AS free "
     "WHERE c.subscription = free.subscription AND c.generation = free.generation AND c.lane = free.lane "
     "RETURNING c.subscription, c.generation, c.lane, c.token, CAST(c.snapshot AS text), CAST(c.target AS text), "
-    "c.page, c.done, c.crashes"
+    "c.page, c.done, c.crashes, CAST(c.ctid AS text) AS found, "
+    f"{_EPOCH} AS epoch"
 ).bindparams(
     bindparam("owner", type_=Uuid()),
     bindparam("names", type_=ARRAY(Text())),
@@ -656,7 +717,7 @@ _CLAIM: Final = text(
 )
 
 _PULSE: Final = text(
-    f"SELECT CAST({_NOW} AS text) AS now, "
+    f"SELECT CAST({_NOW} AS text) AS now, {_EPOCH} AS epoch, "
     f"(SELECT true FROM whereupon_log l WHERE {_SINCE} {_BY_ID} LIMIT 1) IS NOT NULL "  # EXISTS would lose the order
     f"OR (SELECT true FROM whereupon_log l WHERE {_LATE} {_BY_ID} LIMIT 1) IS NOT NULL AS grown, "
     "(SELECT CAST(json_agg(DISTINCT jsonb_build_array(x.subscription, x.generation, x.lane)) AS text) "
@@ -692,25 +753,47 @@ _KEPT_TYPES: Final[tuple[BindParameter[Any], ...]] = (
     *(bindparam(name, type_=ARRAY(BigInteger())) for name in ("firsts", "lasts")),
 )
 
-_SETTLE: Final = text(
-    "WITH moved AS (UPDATE whereupon_cursor AS c SET snapshot = CAST(v.snapshot AS pg_snapshot), "
-    "target = CAST(v.target AS pg_snapshot), page = v.page, "
-    f"done = {_DONE.format(add='v.add', drop='v.drop')} "
-    "FROM unnest(:names, :generations, :lanes, :tokens, :snapshots, :targets, :pages, :adds, :drops) "
-    "AS v (subscription, generation, lane, token, snapshot, target, page, add, drop) "
-    "WHERE c.subscription = v.subscription AND c.generation = v.generation AND c.lane = v.lane AND c.token = v.token "
-    "RETURNING c.subscription, c.generation, c.lane), "
-    f"{_KEPT} SELECT subscription, generation, lane FROM moved"
-).bindparams(
-    *_KEPT_TYPES,
-    *(bindparam(name, type_=ARRAY(Text())) for name in ("names", "snapshots", "targets", "adds", "drops")),
-    *(bindparam(name, type_=ARRAY(Integer())) for name in ("generations", "lanes")),
-    *(bindparam(name, type_=ARRAY(BigInteger())) for name in ("tokens", "pages")),
-)
 
-_MOVE: Final = text(
-    "WITH moved AS (UPDATE whereupon_cursor AS c SET snapshot = CAST(CAST(:snapshot AS text) AS pg_snapshot), "
-    "target = CAST(CAST(:target AS text) AS pg_snapshot), page = :page, "
-    f"done = {_DONE.format(add='CAST(:add AS text)', drop='CAST(:drop AS text)')} WHERE {_KEY} RETURNING 1), "
-    f"{_KEPT} SELECT {_STALLED} FROM moved"
-).bindparams(*_KEPT_TYPES)
+# A row's versions are all there as long as somebody holds a snapshot, and whoever looks for it by its key looks at each
+# of them: so a worker that moves its cursors hundreds of times a second is told where the last version is, and finds it
+# there (ctid) unless somebody else has changed the row since. LIMIT, for the planner's guess: of an array it can't see
+# it assumes so many rows that it would rather read the whole table.
+_TEXTS: Final = ("names", "snapshots", "targets", "adds", "drops", "rows", "epochs")
+
+
+def _settle(by_row: bool) -> TextClause:
+    return text(
+        "WITH moved AS (UPDATE whereupon_cursor AS c SET snapshot = CAST(v.snapshot AS pg_snapshot), "
+        "target = CAST(v.target AS pg_snapshot), page = v.page, "
+        f"done = {_DONE.format(add='v.add', drop='v.drop')} "
+        "FROM (SELECT * FROM unnest(:names, :generations, :lanes, :tokens, :snapshots, :targets, :pages, :adds, "
+        ":drops, :rows, :epochs) AS u "
+        "(subscription, generation, lane, token, snapshot, target, page, add, drop, found, epoch) "
+        "LIMIT :count) AS v "
+        f"WHERE {'c.ctid = CAST(v.found AS tid) AND ' if by_row else ''}"
+        "c.subscription = v.subscription AND c.generation = v.generation AND c.lane = v.lane AND c.token = v.token "
+        f"AND (v.epoch IS NULL OR v.epoch = {_EPOCH}) "
+        "RETURNING c.subscription, c.generation, c.lane, CAST(c.ctid AS text) AS found), "
+        f"{_KEPT} SELECT subscription, generation, lane, found FROM moved"
+    ).bindparams(
+        *_KEPT_TYPES,
+        *(bindparam(name, type_=ARRAY(Text())) for name in _TEXTS),
+        *(bindparam(name, type_=ARRAY(Integer())) for name in ("generations", "lanes")),
+        *(bindparam(name, type_=ARRAY(BigInteger())) for name in ("tokens", "pages")),
+        bindparam("count", type_=BigInteger()),
+    )
+
+
+def _move(by_row: bool) -> TextClause:
+    return text(
+        "WITH moved AS (UPDATE whereupon_cursor AS c SET snapshot = CAST(CAST(:snapshot AS text) AS pg_snapshot), "
+        "target = CAST(CAST(:target AS text) AS pg_snapshot), page = :page, "
+        f"done = {_DONE.format(add='CAST(:add AS text)', drop='CAST(:drop AS text)')} "
+        f"WHERE {'ctid = CAST(CAST(:row AS text) AS tid) AND ' if by_row else ''}{_KEY} "
+        f"AND (CAST(:epoch AS text) IS NULL OR CAST(:epoch AS text) = {_EPOCH}) "
+        f"RETURNING CAST(ctid AS text) AS found), {_KEPT} SELECT found, {_STALLED} FROM moved"
+    ).bindparams(*_KEPT_TYPES)
+
+
+_SETTLE_ROWS, _SETTLE = _settle(True), _settle(False)
+_MOVE_ROW, _MOVE = _move(True), _move(False)

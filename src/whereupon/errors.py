@@ -118,6 +118,10 @@ class LeaseLost(WhereuponError):
     """The subscription's lease went to another worker; what was not committed is rolled back."""
 
 
+class PlaceLost(LeaseLost):
+    """The server crashed since this place in the log was read, and transaction ids below it may be handed out again."""
+
+
 class Discard(WhereuponError):
     """Raise it in a handler to settle the delivery as skipped, with a reason, and without a retry."""
 

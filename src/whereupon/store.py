@@ -170,6 +170,8 @@ class Cursor:
     """How many of its owners, one after the other, have died with it."""
     blocked: dict[str, int] = field(default_factory=dict)
     """How many exceptions each key has that make later deliveries of it wait."""
+    row: str | None = None
+    """Where the store last found the cursor's row, as a hint of its own."""
 
     @property
     def subscription(self) -> str:

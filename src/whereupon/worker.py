@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from whereupon._dispatch import Runner
 from whereupon.codec import Codec
-from whereupon.errors import LeaseLost
+from whereupon.errors import LeaseLost, PlaceLost
 from whereupon.event import DomainEvent
 from whereupon.lane import FULL, Delivery, Lane, Logged, Share
 from whereupon.lease import Lease
@@ -489,6 +489,8 @@ class Worker:
         if error is None:
             what = "another worker took over; what was not committed is delivered by that one"
             self.log("warning", "worker_lease_lost", **details, error_message=what)
+        elif isinstance(error, PlaceLost):
+            self.log("warning", "worker_place_lost", **details, error_message=message_of(error))
         else:
             details["error_type"] = type(error).__name__
             what = f"{message_of(error)} (the lane is given up, and taken again)"
@@ -524,7 +526,14 @@ class Worker:
         await self._gather()
         looks = self._looks
         before = self.place
-        page = await self.store.read(before, None if self.types is None else sorted(self.types), PAGE)
+        try:
+            page = await self.store.read(before, None if self.types is None else sorted(self.types), PAGE)
+        except PlaceLost as error:
+            self.place = None
+            self._recent.clear()
+            for lane in [lane for lane in self.lanes.values() if lane.attached]:
+                self.lose(lane, error)
+            return
         logged = [Logged(row, page.window) for row in page.rows]
         await self._make_room()
         if self.place != before:  # taken elsewhere meanwhile, by the first of new lanes
@@ -686,6 +695,9 @@ class Worker:
                     return
             try:
                 page = await self.store.read(lane.read_place, types, PAGE, toward=toward)
+            except PlaceLost as error:
+                self.lose(lane, error)
+                return
             except self.store.errors as error:
                 failures += 1
                 await self.pause_after(error, failures)
@@ -710,6 +722,9 @@ class Worker:
                 continue
             try:
                 page = await self.store.read(lane.read_place, self._types_of(lane), PAGE)
+            except PlaceLost as error:
+                self.lose(lane, error)
+                return
             except self.store.errors as error:
                 failures += 1
                 await self.pause_after(error, failures)

@@ -86,6 +86,12 @@ CREATE INDEX whereupon_log_tx_id ON whereupon_log (tx_id, position);
 
 CREATE INDEX whereupon_log_event_id ON whereupon_log (event_id);
 
+-- Empty after a crash: what a worker remembers from before it may name transaction ids that are handed out again.
+CREATE UNLOGGED TABLE whereupon_epoch (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    id uuid NOT NULL DEFAULT gen_random_uuid()
+);
+
 CREATE TABLE whereupon_process (
     id uuid PRIMARY KEY,
     lease_until timestamptz NOT NULL,
@@ -472,5 +478,6 @@ def downgrade() -> None:
         op.drop_table(f"whereupon_{table}")
     if op.get_context().dialect.name == "postgresql":
         op.drop_table("whereupon_cluster")
+        op.drop_table("whereupon_epoch")
         for function in ("audit_refuses", "snapshot", "xact_id", "shift"):
             op.execute(f"DROP FUNCTION whereupon_{function}()")
