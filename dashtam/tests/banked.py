@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
@@ -15,6 +16,7 @@ from served import MailServer, Person, Served, eventually, served
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dashtam.application import bank
 from dashtam.infrastructure.tables import AccountModel, TransactionModel
 from dashtam_sandbox_bank import Bank, BankSettings, create_bank
 from whereupon.schema import log, workflow
@@ -180,11 +182,19 @@ class Banked:
 
 
 @asynccontextmanager
+async def impatient() -> AsyncIterator[None]:
+    """A bank that failed is asked again soon, unless it has said when."""
+    with patch.object(bank, "FIRST_PAUSE", timedelta(milliseconds=100)):
+        yield
+
+
+@asynccontextmanager
 async def banked(database_url: str, mail: MailServer | None = None, **settings: Any) -> AsyncIterator[Banked]:
     clock = Clock()
     app = create_bank(BankSettings(redirect_uris=(CALLBACK,)), clock=clock)
     wire = Wire(httpx.ASGITransport(app))
     async with (
+        impatient(),
         served(database_url, mail, parts={"bank_transport": wire, "clock": clock}, **settings) as dashtam,
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8100") as at_bank,
     ):

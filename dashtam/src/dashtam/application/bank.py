@@ -10,6 +10,8 @@ from dashtam.domain.account import Account, ListedAccount, Transaction
 from dashtam.domain.connection import Provider, ProviderUnavailable, Tokens
 from dashtam.domain.result import Error
 
+FIRST_PAUSE: Final = timedelta(seconds=2)
+"""At most so long after the first failure a bank is asked again, and each time twice as long as before."""
 LONGEST_PAUSE: Final = timedelta(minutes=15)
 """A bank may ask for more patience than that, and doesn't get it: it might have said a year."""
 
@@ -68,4 +70,4 @@ def pause(error: Error, attempt: int) -> float:
     longest = LONGEST_PAUSE.total_seconds()
     if isinstance(error, ProviderUnavailable) and error.retry_after is not None:
         return min(error.retry_after.total_seconds(), longest)
-    return random.uniform(0.5, 1) * min(2.0 ** min(attempt, 20), longest)
+    return random.uniform(0.5, 1) * min(FIRST_PAUSE.total_seconds() * 2.0 ** min(attempt - 1, 20), longest)
