@@ -180,8 +180,9 @@ async def test_when_a_bank_takes_the_refresh_token_no_more_the_user_is_told_and_
 async def test_a_sync_that_finds_the_authorization_gone_is_given_up_and_told_once(database_url: str) -> None:
     async with ready(database_url) as (here, ada, connection_id):
         await here.tell("grant/revoke")
-        for _ in range(3):
-            await ada("POST", f"/connections/{connection_id}/sync")
+        asked = [await ada("POST", f"/connections/{connection_id}/sync") for _ in range(3)]
+        heard = sum(answer.status_code == 202 for answer in asked)  # the others came when it was marked already
+        assert heard >= 1
 
         async def marked() -> bool:
             return await status(ada) == "reauthorization_required"
@@ -189,7 +190,7 @@ async def test_a_sync_that_finds_the_authorization_gone_is_given_up_and_told_onc
         await eventually(marked)
 
         async def settled() -> bool:
-            return await here.count("AccountSyncFailed") == 3
+            return await here.count("AccountSyncFailed") == heard
 
         await eventually(settled)
         assert await here.reasons("TokenRefreshFailed") == ["invalid_grant"]
