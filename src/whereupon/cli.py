@@ -6,39 +6,46 @@ import asyncio
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Coroutine, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import cyclopts
 import msgspec
 from cyclopts import Parameter
-from rich.console import Console
 
-from whereupon import schema
+from whereupon import looking, schema
 from whereupon.action import DeadLetter, HandlerState
 from whereupon.cluster import Rebase
+from whereupon.console import (
+    EXIT_ERROR,
+    EXIT_USAGE,
+    ImportFailed,
+    Json,
+    Refused,
+    Target,
+    Url,
+    Where,
+    age_of,
+    answer,
+    answer_json,
+    bus_for,
+    dispose,
+    err,
+    load_bus,
+    operate,
+    say,
+)
 from whereupon.durable import EventBus
 from whereupon.errors import DatabaseUnavailableError, WhereuponError
 from whereupon.retention import Pruned
 
-EXIT_ERROR: Final = 1
-EXIT_USAGE: Final = 2
 SHOWN: Final = 10
 """Dead letters that a plan names one by one."""
-
-T = TypeVar("T")
-
-out = Console(emoji=False)  # else what stands between colons, as in `app:bus: `, becomes a picture
-err = Console(stderr=True, emoji=False)
 
 app = cyclopts.App(
     name="whereupon",
@@ -56,57 +63,9 @@ app.command(handlers)
 dead = cyclopts.App(name="dead", help="Dead letters: deliveries that used up their attempts.")
 app.command(dead)
 
-Target = Annotated[
-    str, Parameter(help="Where the bus is: `package.module:name`; a function without arguments is called.")
-]
-
-
-class _Refused(Exception):
-    """The command can't be carried out; its text is all that is shown."""
-
-
-class _ImportFailed(Exception):
-    """The user's module raised while it was imported; that is the cause."""
-
-    def shown(self) -> str:
-        """What was raised and from which line of the user's, without the machinery that imports."""
-        error = self.__cause__
-        assert error is not None
-        trace = error.__traceback__
-        machinery = (__name__, "importlib")
-        while trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(machinery):
-            trace = trace.tb_next
-        return "".join(traceback.format_exception(type(error), error, trace))
-
-
-def load_bus(target: str) -> EventBus:
-    """The bus that `module:name` names. Raises `_Refused` with what to mend."""
-    module_name, _, name = target.partition(":")
-    if not module_name or not name:
-        raise _Refused(f"{target!r} names no bus: write module:name, as in app.main:bus")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _ImportFailed(module_name) from error  # something that the module itself imports
-        raise _Refused(
-            f"there is no module {error.name!r}, needed for {target}. "
-            f"Run this where `python -c 'import {module_name}'` works"
-        ) from error
-    except Exception as error:
-        raise _ImportFailed(module_name) from error
-    try:
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        raise _Refused(f"{module_name} has no {name!r}: say under which name it keeps its EventBus") from None
-    if callable(found) and not isinstance(found, (EventBus, type)):
-        found = found()
-    if not isinstance(found, EventBus):
-        raise _Refused(f"{target} is a {type(found).__name__}, not an EventBus")
-    return found
+for command in (looking.explain, looking.doctor, looking.workflows, looking.audit):
+    app.command(command)
+app.command(looking.events)
 
 
 @app.command
@@ -146,16 +105,7 @@ async def _work(bus: EventBus, target: str) -> None:
         if await _started(bus, stop):
             await _deliver(bus, target, stop)
     finally:
-        await _dispose(bus)
-
-
-async def _dispose(bus: EventBus) -> None:
-    """Close the connections, of an engine of the application's, too: SQLite's threads would keep the process alive."""
-    await bus.engine.dispose()
-    give_up = time.monotonic() + 1
-    # aiosqlite's thread reports its end to the event loop, and complains at length if that is closed by then
-    while time.monotonic() < give_up and any("_connection_worker" in thread.name for thread in threading.enumerate()):  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
+        await dispose(bus)
 
 
 async def _deliver(bus: EventBus, target: str, stop: asyncio.Event) -> None:
@@ -182,25 +132,13 @@ async def _started(bus: EventBus, stop: asyncio.Event) -> bool:
             wait = min(wait * 2, 30.0)
 
 
-Where = Annotated[str | None, Parameter(help="The bus, as `package.module:name`.")]
-Url = Annotated[str | None, Parameter(help="The database's URL, instead of a bus.")]
-
-
-def _bus_for(target: str | None, url: str | None) -> EventBus:
-    if (target is None) == (url is None):
-        raise _Refused(
-            "say which database: either module:bus or --url, as in `whereupon db upgrade --url sqlite+aiosqlite:///app.db`"
-        )
-    return load_bus(target) if target is not None else EventBus(str(url), create_tables=False)
-
-
 @db.command
 def upgrade(target: Where = None, /, *, url: Url = None) -> int:
     """Create whereupon's tables, or bring them up to this version.
 
     Safe to repeat, and to run on several hosts at once.
     """
-    bus = _bus_for(target, url)
+    bus = bus_for(target, url)
 
     async def run() -> tuple[int | None, int | None]:
         try:
@@ -208,7 +146,7 @@ def upgrade(target: Where = None, /, *, url: Url = None) -> int:
             await bus.create_tables()
             return before, await bus.revision()
         finally:
-            await _dispose(bus)
+            await dispose(bus)
 
     before, after = asyncio.run(run())
     if before == after:
@@ -221,13 +159,13 @@ def upgrade(target: Where = None, /, *, url: Url = None) -> int:
 @db.command
 def status(target: Where = None, /, *, url: Url = None) -> int:
     """Say which revision the tables are at; exit code 1 unless this build can use them."""
-    bus = _bus_for(target, url)
+    bus = bus_for(target, url)
 
     async def run() -> int | None:
         try:
             return await bus.revision()
         finally:
-            await _dispose(bus)
+            await dispose(bus)
 
     revision = asyncio.run(run())
     schema.check_revision(revision, bus.database)
@@ -242,13 +180,13 @@ def rebase(target: Where = None, /, *, url: Url = None) -> int:
     Needed once after a restore from a dump, a switch to a logical replica or pg_upgrade: until then nothing is
     delivered, and what is published waits. Each subscription goes on where it stood. Safe to repeat.
     """
-    bus = _bus_for(target, url)
+    bus = bus_for(target, url)
 
     async def run() -> Rebase:
         try:
             return await bus.rebase()
         finally:
-            await _dispose(bus)
+            await dispose(bus)
 
     done = asyncio.run(run())
     if done.needed:
@@ -277,14 +215,14 @@ def prune(
     of their event, and hold nothing back. The history of calls and attempts that are closed go after 7 days; the
     audit trail is never pruned.
     """
-    age = _age_of(older_than)
-    bus = _bus_for(target, url)
+    age = age_of(older_than)
+    bus = bus_for(target, url)
 
     async def run() -> Pruned:
         try:
             return await bus.prune(older_than=age, dry_run=dry_run, on_progress=say)
         finally:
-            await _dispose(bus)
+            await dispose(bus)
 
     report = asyncio.run(run())
     if json:
@@ -293,19 +231,6 @@ def prune(
     for line in _told(report):
         answer(line)
     return 0
-
-
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-
-
-def _age_of(text: str) -> timedelta:
-    match = re.fullmatch(r"(\d+)([smhdw])", text.strip())
-    if match is None:
-        raise _Refused(f"--older-than {text!r} is no age: write a number and s, m, h, d or w, as in 30d")
-    try:
-        return timedelta(**{_UNITS[match[2]]: int(match[1])})
-    except OverflowError:
-        raise _Refused(f"--older-than {text} is longer than anything was kept") from None
 
 
 def _told(report: Pruned) -> Iterator[str]:
@@ -331,33 +256,19 @@ def _told(report: Pruned) -> Iterator[str]:
 Reason = Annotated[str, Parameter(help="Why; kept with what is done.")]
 Author = Annotated[str | None, Parameter(help="Who does it; the user of this machine unless given.")]
 Yes = Annotated[bool, Parameter(negative="", help="Do it without asking.")]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Answer in JSON.")]
 Name = Annotated[str, Parameter(help="The subscription.")]
 Event = Annotated[UUID, Parameter(help="The event's id.")]
 Only = Annotated[str | None, Parameter(help="Of this subscription.")]
 ErrorType = Annotated[str | None, Parameter(help="That died of this error, as `ValueError`.")]
 
 
-def _operate(target: str | None, url: str | None, work: Callable[[EventBus], Coroutine[Any, Any, T]]) -> T:
-    """What `work` returns for the bus that was named."""
-    bus = _bus_for(target, url)
-
-    async def run() -> T:
-        try:
-            return await work(bus)
-        finally:
-            await _dispose(bus)
-
-    return asyncio.run(run())
-
-
 def _confirm(plan: str, yes: bool) -> bool:
-    """Show what is to be done, and ask whether to do it. Raises `_Refused` where nobody can be asked."""
+    """Show what is to be done, and ask whether to do it. Raises `Refused` where nobody can be asked."""
     say(plan)
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise _Refused("nobody can be asked whether to do this, since stdin is no terminal: add --yes")
+        raise Refused("nobody can be asked whether to do this, since stdin is no terminal: add --yes")
     err.print("Do it? [y/N] ", end="", markup=False, highlight=False)
     if input().strip().lower() in ("y", "yes"):
         return True
@@ -365,18 +276,9 @@ def _confirm(plan: str, yes: bool) -> bool:
     return False
 
 
-def _answer_json(value: Any) -> None:
-    out.print(
-        msgspec.json.format(msgspec.json.encode(value), indent=2).decode(),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 def _done(text: str, as_json: bool, **facts: Any) -> int:
     if as_json:
-        _answer_json(facts)
+        answer_json(facts)
     else:
         answer(text)
     return 0
@@ -385,9 +287,9 @@ def _done(text: str, as_json: bool, **facts: Any) -> int:
 @handlers.command(name="list")
 def list_handlers(target: Where = None, /, *, url: Url = None, as_json: Json = False) -> int:
     """Say which subscriptions there are, and how they are."""
-    found = _operate(target, url, lambda bus: bus.operator.handlers())
+    found = operate(target, url, lambda bus: bus.operator.handlers())
     if as_json:
-        _answer_json(found)
+        answer_json(found)
         return 0
     for one in found:
         order = f", ordered by {one.ordered_by}" if one.ordered_by else ""
@@ -409,7 +311,7 @@ def _plan_for(one: HandlerState) -> str:
 async def _handler(bus: EventBus, name: str) -> HandlerState:
     found = {one.name: one for one in await bus.operator.handlers()}
     if name not in found:
-        raise _Refused(f"there is no subscription {name!r} in {bus.database}: there is {', '.join(found) or 'none'}")
+        raise Refused(f"there is no subscription {name!r} in {bus.database}: there is {', '.join(found) or 'none'}")
     return found[name]
 
 
@@ -473,7 +375,7 @@ def _pause(
         )
         return _done(text, as_json, subscription=name, changed=changed)
 
-    return _operate(target, url, work)
+    return operate(target, url, work)
 
 
 @handlers.command
@@ -499,7 +401,7 @@ def retire(
         text = f"{name} is retired, with {sum(lost.values())} exceptions."
         return _done(text, as_json, subscription=name, exceptions=lost)
 
-    return _operate(target, url, work)
+    return operate(target, url, work)
 
 
 @handlers.command
@@ -526,7 +428,7 @@ def adopt(
         text = f"{name} is served as this build declares it" + ("." if changed else " already.")
         return _done(text, as_json, subscription=name, changed=changed)
 
-    return _operate(target, None, work)
+    return operate(target, None, work)
 
 
 @handlers.command
@@ -561,7 +463,7 @@ def replay(
         text = f"{name} is delivered {span} again, as generation {generation}."
         return _done(text, as_json, subscription=name, generation=generation)
 
-    return _operate(target, None, work)
+    return operate(target, None, work)
 
 
 @handlers.command
@@ -591,7 +493,7 @@ def lanes(
         text = f"{name} has {number} lanes now (before: {before})."
         return _done(text, as_json, subscription=name, lanes=number, before=before)
 
-    return _operate(target, None, work)
+    return operate(target, None, work)
 
 
 @dead.command(name="list")
@@ -607,11 +509,11 @@ def list_dead(
     as_json: Json = False,
 ) -> int:
     """List dead letters, oldest first."""
-    found = _operate(
+    found = operate(
         target, url, lambda bus: bus.operator.dead(subscription, error_type=error_type, after=after, limit=limit)
     )
     if as_json:
-        _answer_json([_shown_letter(letter) for letter in found])
+        answer_json([_shown_letter(letter) for letter in found])
         return 0
     for letter in found:
         answer(_line(letter))
@@ -640,10 +542,10 @@ def _shown_letter(letter: DeadLetter) -> dict[str, Any]:
 @dead.command
 def show(subscription: Name, event: Event, target: Where = None, /, *, url: Url = None, as_json: Json = False) -> int:
     """Show one delivery with its event and its error, dead or waiting for something else."""
-    letter = _operate(target, url, lambda bus: bus.operator.delivery(subscription, event))
+    letter = operate(target, url, lambda bus: bus.operator.delivery(subscription, event))
     shown = _shown_letter(letter)
     if as_json:
-        _answer_json(shown)
+        answer_json(shown)
         return 0
     for name, value in shown.items():
         if value is not None:
@@ -707,9 +609,9 @@ def _settle(
     as_json: bool,
 ) -> int:
     if subscription is None and (event is not None or error_type is None):
-        raise _Refused("say which: --subscription NAME, with --event ID for one; or --error-type NAME")
+        raise Refused("say which: --subscription NAME, with --event ID for one; or --error-type NAME")
     if event is not None and error_type is not None:
-        raise _Refused("--event names one dead letter: leave --error-type out")
+        raise Refused("--event names one dead letter: leave --error-type out")
 
     async def work(bus: EventBus) -> int:
         if event is not None:
@@ -728,7 +630,7 @@ def _settle(
         told = "delivered again" if what == "retry" else "skipped"
         return _done(f"{changed} dead letters are {told}.", as_json, changed=changed)
 
-    return _operate(target, url, work)
+    return operate(target, url, work)
 
 
 @dead.command
@@ -749,7 +651,7 @@ def edit(
         text = Path(payload[1:]).read_bytes() if payload.startswith("@") else payload.encode()
         fields = msgspec.json.decode(text, type=dict[str, Any])
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise _Refused(f"--payload is no JSON object: {error}") from None
+        raise Refused(f"--payload is no JSON object: {error}") from None
 
     async def work(bus: EventBus) -> int:
         letter = await bus.operator.delivery(subscription, event)
@@ -760,16 +662,7 @@ def edit(
         await bus.operator.edit(subscription, event, fields, reason=reason, author=author)
         return _done(f"{event} is delivered again to {subscription}, as edited.", as_json, changed=1)
 
-    return _operate(target, None, work)
-
-
-def say(text: str, style: str = "") -> None:
-    """A line on stderr, as it is: what looks like Rich's markup (`whereupon[sqlite]`) stays."""
-    err.print(f"whereupon: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def answer(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    return operate(target, None, work)
 
 
 def main() -> None:
@@ -778,10 +671,10 @@ def main() -> None:
         code = app(result_action="return_value", exit_on_error=False)
     except cyclopts.CycloptsError:
         sys.exit(EXIT_USAGE)  # it has said why
-    except _Refused as error:
+    except Refused as error:
         say(str(error), style="red")
         sys.exit(EXIT_USAGE)
-    except _ImportFailed as error:
+    except ImportFailed as error:
         err.print(error.shown(), end="", markup=False, highlight=False, soft_wrap=True)
         say(f"{error} could not be imported, for the reason above", style="red")
         sys.exit(EXIT_ERROR)

@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ from whereupon.bell import Listener, Ringer, channel_of
 from whereupon.bus import Subscribing
 from whereupon.codec import Codec, JsonCodec
 from whereupon.context import Metadata, encode_metadata, handling, metadata_for
+from whereupon.doctor import Check, Doctor
 from whereupon.errors import (
     BusStateError,
     Discard,
@@ -69,6 +70,7 @@ from whereupon.store import (
     lane_of,
     sibling,
 )
+from whereupon.story import EventStory, Storyteller, TypeStory
 from whereupon.subscription import Delivery, Subscription
 from whereupon.worker import Worker
 from whereupon.workflow import A, Attempt, P, S, Workflow, attempt_closed_by
@@ -207,6 +209,10 @@ class EventBus(Subscribing):
         self._known_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
         self.operator = Operator(self._store, self.subscriptions, self._codec, self.class_of, self._reachable)
         """What operators do: pause, resume, settle dead letters, retire, change lanes."""
+        looks = (self._store, self.subscriptions, self.class_of, self._key_inside)
+        self.stories = Storyteller(*looks, self._reachable)
+        """What became of events and attempts, for people: an event's story, lists of events, the audit trail."""
+        self._doctor = Doctor(*looks)
         _staging.watch(self.engine.sync_engine)
 
     def __repr__(self) -> str:
@@ -749,6 +755,22 @@ class EventBus(Subscribing):
         self._check_loop()
         await self._ready()
         return await self._store.deliveries(event_ids, self._heard(), key_inside=self._key_inside)
+
+    async def explain(self, event_id: UUID) -> EventStory:
+        """An event's whole story, for whoever asks why something did (not) happen.
+
+        Raises `ActionRefused` for an event that there is no trace of; it says what the id tells.
+        """
+        return await self.stories.of_event(event_id)
+
+    def explain_type(self, name: str) -> TypeStory:
+        """How this bus serves a type of events, by its stored name. Raises `ActionRefused` for one it does not know."""
+        return self.stories.of_type(name)
+
+    def examine(self) -> AsyncIterator[Check]:
+        """What is wrong with this bus and its database, check by check; see `Check`. Nothing is changed."""
+        self._check_loop()
+        return self._doctor.examine()
 
     def _heard(self) -> Mapping[str, Sequence[str]]:
         return _Heard(self)
