@@ -529,10 +529,7 @@ class Worker:
         try:
             page = await self.store.read(before, None if self.types is None else sorted(self.types), PAGE)
         except PlaceLost as error:
-            self.place = None
-            self._recent.clear()
-            for lane in [lane for lane in self.lanes.values() if lane.attached]:
-                self.lose(lane, error)
+            self._begin_again(error)
             return
         logged = [Logged(row, page.window) for row in page.rows]
         await self._make_room()
@@ -685,18 +682,18 @@ class Worker:
                 lane.room.clear()
                 await lane.room.wait()
                 continue
-            toward = self.place if self.store.is_later(self.place, lane.read_place) else None
+            toward = self._place_beyond(lane)
             if toward is None and not lane.gathering:  # it is ahead of the others: they come here soon, as a rule
                 self._moved.clear()
                 self.look()
                 await happens(self._moved, self.poll_interval)
-                toward = self.place if self.store.is_later(self.place, lane.read_place) else None
+                toward = self._place_beyond(lane)
                 if self._attach(lane):
                     return
             try:
                 page = await self.store.read(lane.read_place, types, PAGE, toward=toward)
             except PlaceLost as error:
-                self.lose(lane, error)
+                self._begin_again(error)
                 return
             except self.store.errors as error:
                 failures += 1
@@ -711,6 +708,17 @@ class Worker:
             lane.read_to(page.after)
             lane.gathering = False
 
+    def _place_beyond(self, lane: Lane) -> Any:
+        """Where the others are, if that is further than this lane is."""
+        return self.place if self.place is not None and self.store.is_later(self.place, lane.read_place) else None
+
+    def _begin_again(self, error: PlaceLost) -> None:
+        """Nothing that was read is good any more: take all lanes anew, from where they are settled."""
+        self.place = None
+        self._recent.clear()
+        for lane in list(self.lanes.values()):
+            self.lose(lane, error)
+
     async def replay(self, lane: Lane) -> None:
         """Read for a lane of a replay up to its last event."""
         assert lane.last is not None
@@ -723,7 +731,7 @@ class Worker:
             try:
                 page = await self.store.read(lane.read_place, self._types_of(lane), PAGE)
             except PlaceLost as error:
-                self.lose(lane, error)
+                self._begin_again(error)
                 return
             except self.store.errors as error:
                 failures += 1
