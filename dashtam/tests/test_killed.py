@@ -55,7 +55,7 @@ from whereupon.schema import audit_log, log, process, workflow
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CHILD: Final = Path(__file__).parent / "killed.py"
-EVERY: Final = {"sqlite": 5, "postgresql": 13}
+EVERY: Final = {"sqlite": 15, "postgresql": 40}
 """One step of so many is tried, and chance says which; DASHTAM_KILL_EVERY=1 tries each, and takes long.
 
 Odd, as every other step is one before something.
