@@ -311,8 +311,9 @@ async def test_headers_and_payloads_that_somebody_broke_do_not_keep_the_rest_fro
 async def test_an_attempt_is_part_of_the_story_of_both_its_events(database_url: str) -> None:
     bus = office(database_url)
     async with bus:
+        attempt = bus.workflow(DeliveryRound, road="long")
         with pytest.raises(RuntimeError):
-            async with bus.workflow(DeliveryRound, road="long") as attempt:
+            async with attempt:
                 raise RuntimeError("the van broke down")
         async with (
             bus.workflow(DeliveryRound, road="short") as other,
