@@ -215,6 +215,34 @@ async def test_a_failing_handler_neither_delays_nor_repeats_another(bus: EventBu
     assert sorted(heard) == list(range(20))
 
 
+async def test_with_more_to_do_than_can_be_done_each_handler_and_each_retry_has_its_turn(database_url: str) -> None:
+    bus = EventBus(database_url, create_tables=True, in_flight=4, poll_interval=0.05)
+    done: list[int] = []
+    shaken: list[int] = []
+    """How many the others had done whenever it was called for the first event."""
+
+    async def busy(event: MealOrdered) -> None:
+        await asyncio.sleep(0.002)
+        done.append(event.number)
+
+    async def shaky(event: MealOrdered) -> None:
+        if event.number == 0:
+            shaken.append(len(done))
+            if len(shaken) == 1:
+                raise RuntimeError
+        await asyncio.sleep(0.002)
+
+    for number in range(3):
+        bus.subscribe(MealOrdered, busy, name=f"busy {number}")
+    bus.subscribe(MealOrdered, shaky, name="shaky", retry=Retry(first=0.01, longest=0.01))
+    async with bus:
+        events = await place(bus, *range(100))
+        await bus.wait_settled(events, 60)
+    assert len(done) == 300
+    assert len(shaken) == 2
+    assert shaken[1] < 150, "its retry waited until the others had little left to do"
+
+
 async def test_a_handler_that_runs_too_long_is_cancelled_and_has_failed(bus: EventBus) -> None:
     @bus.subscribe(MealOrdered, name="slow", timeout=0.05, retry=Retry(max_attempts=1))
     async def slow(event: MealOrdered) -> None:

@@ -1010,13 +1010,25 @@ class Lane:
     def may_take_due(self) -> bool:
         return not (self._taking_due or self.releasing or self.lost or self.share.free <= 0)
 
-    async def take_due(self) -> None:
-        """Begin the exceptions whose time has come, as many as there is room for."""
-        room = min(self.worker.free, self.share.free, self.share.retries_allowed(self.worker))
-        if room <= 0 or not self.may_take_due:
-            return
+    def room_for_due(self) -> int:
+        """Reserve places for exceptions whose time has come, and tell how many; `take_due` gives them back.
+
+        Before the database is asked: what is new would take all of them meanwhile, as long as there is more of that
+        than can be done, and other lanes ask at the same time.
+        """
+        worker = self.worker
+        if not self.may_take_due:
+            return 0
+        most = max(1, worker.in_flight // 4)  # since nobody knows how many are due
+        room = min(worker.free, self.share.free, self.share.retries_allowed(worker), most)
+        if room <= 0:
+            return 0
         self._taking_due = True
-        self._reserve(room)  # other lanes look at the same time: together they take no more than there is room for
+        self._reserve(room)
+        return room
+
+    async def take_due(self, room: int) -> None:
+        """Begin the exceptions whose time has come, as many as were reserved."""
         try:
             async with self.store.writing() as connection, self.settling:
                 if self.releasing or self.lost:

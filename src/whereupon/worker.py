@@ -136,6 +136,8 @@ class Worker:
         self._careful_one: Task[None] | None = None
         self._suspected = 0
         """How many deliveries were put off to be run carefully."""
+        self._turns = 0
+        """Of `_pump`: each begins with another subscription and lane."""
         self.marked_alone = self._unmarking = False
         """Whether the process is stored as one that runs deliveries alone, and whether that is being taken back."""
         self._upkeep = Upkeep(store, retain=retain, log=self.log)
@@ -430,7 +432,7 @@ class Worker:
         share = self._share_of(cursor.key)
         lane = self.lanes[cursor.key] = share.lanes[cursor.key.lane] = Lane(self, share, cursor, careful)
         if careful or before.alone:
-            self.spawn(self._take_due(lane))  # what an earlier owner has recorded as running is looked at first
+            self._look_for_due(lane)  # what an earlier owner has recorded as running is looked at first
         if before.last is not None:
             lane.last, lane.gathering = before.last, False
             lane.start_reading()
@@ -783,15 +785,17 @@ class Worker:
                 self._unmarking = True
                 self.spawn(self._unmark_alone())
             return
-        for lane in self.lanes.values():
-            if lane.due and self.free > 0 and lane.may_take_due and lane.share.retries_allowed(self) > 0:
-                self.spawn(self._take_due(lane))
+        # where there is more to do than can be done, each subscription is the first to be served in its turn; and of
+        # suspects those of each in turn: whichever has the culprit, it is found soon
+        self._turns += 1
+        for lane in _in_turn(list(self.lanes.values()), self._turns):
+            if self.free <= 0:
+                break
+            if lane.due:
+                self._look_for_due(lane)
         left = TURN
         begun = True
-        shares = [*self.shares.values(), *self.replays.values()]
-        if self._suspected:  # of each subscription in turn: whichever has the culprit, it is found soon
-            first = self._suspected % len(shares)
-            shares = shares[first:] + shares[:first]
+        shares = _in_turn([*self.shares.values(), *self.replays.values()], self._turns + self._suspected)
         while begun and left > 0 and self.free > 0 and not self._careful:
             begun = False
             for share in shares:
@@ -809,9 +813,13 @@ class Worker:
         for lane in lanes:
             lane.begin_followers()
 
-    async def _take_due(self, lane: Lane) -> None:
+    def _look_for_due(self, lane: Lane) -> None:
+        if room := lane.room_for_due():
+            self.spawn(self._take_due(lane, room))
+
+    async def _take_due(self, lane: Lane, room: int) -> None:
         try:
-            await lane.take_due()
+            await lane.take_due(room)
         except LeaseLost:
             self.lose(lane)
         except self.store.errors as error:
@@ -1015,6 +1023,14 @@ async def happens(event: Event, within: float) -> None:
 
 def max_place(store: Store, one: Any, other: Any) -> Any:
     return one if store.is_later(one, other) else other
+
+
+def _in_turn(all_: list[T], turn: int) -> list[T]:
+    """The same, but another one each time comes first."""
+    if not all_:
+        return all_
+    first = turn % len(all_)
+    return all_[first:] + all_[:first]
 
 
 def _types(shares: Iterable[Share]) -> frozenset[str] | None:
