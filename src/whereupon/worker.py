@@ -605,7 +605,8 @@ class Worker:
 
     def _halt(self, share: Share, logged: Logged, error: Exception, reader: Lane | None) -> None:
         """Stop in front of an event; the subscription is paused, so that somebody looks at it."""
-        at_it = [lane for lane in share.lanes.values() if lane.attached or lane is reader]
+        # of one that reads alone the others are somewhere else: to say that they had read up to here would lose events
+        at_it = [lane for lane in share.lanes.values() if (lane.attached if reader is None else lane is reader)]
         if not at_it:
             return  # they are still on their way
         for lane in list(share.lanes.values()):
