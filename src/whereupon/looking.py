@@ -219,11 +219,7 @@ def tail(
 
     async def run() -> None:
         try:
-            following = bus.stories.follow(types or ())
-            if last > 0:
-                for event in reversed(await bus.stories.events(types=types or (), limit=last)):
-                    show(event)
-            async with contextlib.aclosing(following):
+            async with contextlib.aclosing(bus.stories.follow(types or (), last=last)) as following:
                 async for event in following:
                     show(event)
         finally:

@@ -690,19 +690,26 @@ class Storyteller:
         headers = await connection.scalar(select(log.c.headers).where(log.c.event_id == event_id).limit(1))
         return event_id if headers is None else _metadata(headers).correlation_id or event_id
 
-    async def follow(self, types: Sequence[str] = (), *, every: float = 0.5) -> AsyncGenerator[LoggedEvent, None]:
-        """Events as they are committed from now on, until the caller stops asking; none is left out, however late.
+    async def follow(
+        self, types: Sequence[str] = (), *, last: int = 0, every: float = 0.5
+    ) -> AsyncGenerator[LoggedEvent, None]:
+        """The `last` events that are there, and others as they are committed, until the caller stops asking.
 
-        The database is asked each `every` seconds.
+        None is left out, however late its transaction commits. The database is asked each `every` seconds.
         """
         await self._ready()
         names = self._names(types) if types else None
         async with self._store.reading() as connection:
             place = await self._store.end(connection)
+        seen = set()
+        for event in reversed(await self.events(types=types, limit=last) if last > 0 else []):
+            seen.add(event.event_id)
+            yield event
         while True:
             page = await self._store.read(place, names, PAGE)
             for row in page.rows:
-                yield _event(row)
+                if row.event_id not in seen:  # committed between the two looks
+                    yield _event(row)
             place = page.after
             if page.complete:
                 await asyncio.sleep(every)
