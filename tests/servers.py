@@ -34,8 +34,8 @@ _NOBODY = "65534"
 
 # The server ends with the process that started it, however that one ends: the kernel closes the pipe on
 # standard input. PostgreSQL takes SIGINT for "disconnect everybody, then stop". While there is a file named
-# "halted" the server is down, and starts again once that is gone. Arguments: the folder to remove, then the
-# server's command line.
+# "halted" the server is down, as one named "down" tells, and starts again once that is gone. Arguments: the folder
+# to remove, then the server's command line.
 _SUPERVISOR = """
 folder=$1; shift
 exec 3<&0
@@ -49,7 +49,8 @@ while :; do
     "$@" </dev/null &
     wait "$!"
     ended=$?
-    while [ -e "$folder/halted" ] && [ ! -e "$folder/over" ]; do sleep 0.02; halted=1; done
+    while [ -e "$folder/halted" ] && [ ! -e "$folder/over" ]; do touch "$folder/down"; sleep 0.02; halted=1; done
+    rm -f "$folder/down"
     [ -n "$halted" ] && [ ! -e "$folder/over" ] || break
     halted=
 done
@@ -77,7 +78,7 @@ class PostgresServer:
         pid = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
         (self.folder / "halted").touch()
         os.kill(pid, signal.SIGQUIT if immediate else signal.SIGINT)
-        _wait_until(lambda: not (self.folder and (self.folder / "data" / "postmaster.pid").exists()) or _is_gone(pid))
+        _wait_until((self.folder / "down").exists)  # gone alone, it might be told to start before that was seen
 
     def resume(self) -> None:
         """Start it again, on the same data and port, and wait until it answers."""
@@ -221,14 +222,6 @@ def _wait_until(true: Callable[[], bool]) -> None:
         if time.monotonic() > give_up:
             raise PostgresUnavailable(f"postgres did not do as it was told within {_START_WITHIN:.0f} s")
         time.sleep(0.02)
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 @contextmanager
