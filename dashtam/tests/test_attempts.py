@@ -1,6 +1,7 @@
 """Each attempt to register has one outcome, whoever publishes it."""
 
 import asyncio
+import contextlib
 
 import msgspec
 import pytest
@@ -49,7 +50,7 @@ async def test_a_request_that_is_cancelled_comes_to_one_outcome(database_url: st
         request = asyncio.create_task(dashtam.register(ADA))
         await eventually(lambda: attempts(dashtam))
         request.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError):  # it may have been answered before it could be cancelled
             await request
 
         async def closed() -> bool:

@@ -224,6 +224,7 @@ async def test_an_answer_that_gets_lost_costs_no_authorization(database_url: str
 async def connects_meanwhile(here: Banked, ada: Person, connection_id: UUID) -> str:
     """The user allows it again while the old tokens are being refreshed; what the refresh gives."""
     here.clock.advance(minutes=15)
+    synced = await here.count("TransactionSyncSucceeded")
     back = await here.consent(await here.start(ada))
     before = here.wire.asked("/oauth/token")
     here.wire.held["/oauth/token"] = let_go = asyncio.Event()
@@ -235,7 +236,10 @@ async def connects_meanwhile(here: Banked, ada: Person, connection_id: UUID) -> 
     await eventually(asked)
     assert (await ada("POST", "/connections/callback", json=back)).status_code == 201
     let_go.set()
-    return (await refreshing).token
+    token = (await refreshing).token
+    accounts = here.bank.people.find("Ada").accounts
+    await here.until("TransactionSyncSucceeded", synced + sum(account.open for account in accounts))
+    return token
 
 
 async def stored(here: Banked, connection_id: UUID) -> Tokens:
