@@ -31,42 +31,42 @@ pytestmark = pytest.mark.integration
 POLL = 0.05
 
 
-class BellRung(DomainEvent):
+class GongStruck(DomainEvent):
     tower: str
     cracked: bool = False
 
 
-class BellCast(DomainEvent):
+class GongCast(DomainEvent):
     tower: str
 
 
-class BellTuningAttempted(DomainEvent, outcome=Outcome.ATTEMPTED):
+class GongTuningAttempted(DomainEvent, outcome=Outcome.ATTEMPTED):
     tower: str
 
 
-class BellTuningSucceeded(DomainEvent):
+class GongTuningSucceeded(DomainEvent):
     tower: str
 
 
-class BellTuningFailed(DomainEvent, outcome=Outcome.FAILED):
+class GongTuningFailed(DomainEvent, outcome=Outcome.FAILED):
     tower: str
     reason: str
 
 
-BellTuning = Workflow(BellTuningAttempted, BellTuningSucceeded, BellTuningFailed)
+GongTuning = Workflow(GongTuningAttempted, GongTuningSucceeded, GongTuningFailed)
 
 
-async def listen(event: BellRung) -> None:
+async def listen(event: GongStruck) -> None:
     if event.cracked:
         raise ValueError("cracked")
 
 
-async def admire(_: BellCast) -> None: ...
+async def admire(_: GongCast) -> None: ...
 
 
 def belfry(url: str, *, deliver: bool = False, poll: float = POLL) -> EventBus:
     bus = EventBus(url, create_tables=True, deliver=deliver, poll_interval=poll, lease=2)
-    bus.subscribe(BellRung, listen, name="listen", ordered_by="tower", retry=Retry(max_attempts=1))
+    bus.subscribe(GongStruck, listen, name="listen", ordered_by="tower", retry=Retry(max_attempts=1))
     return bus
 
 
@@ -99,7 +99,7 @@ async def only(bus: EventBus, check: str) -> Finding:
 
 async def test_of_a_bus_that_is_well_nothing_is_found(database_url: str) -> None:
     async with belfry(database_url, deliver=True) as bus:
-        event = BellRung(tower="north")
+        event = GongStruck(tower="north")
         await ring(bus, event)
         await bus.wait_settled([event], 20)
         checks = [check async for check in bus.examine()]
@@ -161,7 +161,7 @@ async def test_subscriptions_that_are_paused_or_that_no_worker_knows_are_found(
     bus: EventBus, database_url: str
 ) -> None:
     other = EventBus(database_url, poll_interval=POLL)
-    other.subscribe(BellCast, admire, name="admire")
+    other.subscribe(GongCast, admire, name="admire")
     async with other:
         await until(lambda: other._worker is not None)
         unserved = await only(bus, "subscriptions")
@@ -177,12 +177,12 @@ async def test_subscriptions_that_are_paused_or_that_no_worker_knows_are_found(
 
 async def test_builds_that_disagree_are_found(bus: EventBus, database_url: str) -> None:
     newer = belfry(database_url)
-    newer.subscribe(BellCast, listen_to_both, name="both")
+    newer.subscribe(GongCast, listen_to_both, name="both")
     async with newer:
         pass
     newest = belfry(database_url)
-    newest.subscribe(BellCast, listen_to_both, name="both")
-    newest.subscribe(BellRung, listen_to_both, name="both")
+    newest.subscribe(GongCast, listen_to_both, name="both")
+    newest.subscribe(GongStruck, listen_to_both, name="both")
     about_to_take_over = [one for one in await found(newest, "subscriptions") if "both" in one.what]
     assert "takes over" in about_to_take_over[0].what
     async with newest:
@@ -191,14 +191,14 @@ async def test_builds_that_disagree_are_found(bus: EventBus, database_url: str) 
     assert "it is an older build" in older.what
     assert "handlers adopt both" in older.way_out
     declared = belfry(database_url)
-    declared.subscribe(BellCast, admire, name="admire")
+    declared.subscribe(GongCast, admire, name="admire")
     [unstarted] = [one for one in await found(declared, "subscriptions") if "admire" in one.what]
     assert unstarted.level is Level.NOTE
     for one in (newer, newest, declared):
         await one.engine.dispose()
 
 
-async def listen_to_both(_: BellRung | BellCast) -> None: ...
+async def listen_to_both(_: GongStruck | GongCast) -> None: ...
 
 
 async def test_what_waits_too_long_is_found_and_not_what_was_delivered(
@@ -206,7 +206,7 @@ async def test_what_waits_too_long_is_found_and_not_what_was_delivered(
 ) -> None:
     monkeypatch.setattr(doctor, "LATE", timedelta(0))
     assert await found(bus, "lag") == []
-    events = [BellRung(tower=f"tower {number}") for number in range(20)]
+    events = [GongStruck(tower=f"tower {number}") for number in range(20)]
     await ring(bus, *events)
     finding = await only(bus, "lag")
     assert (finding.level, "listen owes an event" in finding.what) == (Level.FAULT, True)
@@ -219,7 +219,7 @@ async def test_what_waits_too_long_is_found_and_not_what_was_delivered(
 async def test_dead_letters_and_what_is_overdue_are_found(
     bus: EventBus, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cracked, behind = BellRung(tower="north", cracked=True), BellRung(tower="north")
+    cracked, behind = GongStruck(tower="north", cracked=True), GongStruck(tower="north")
     async with belfry(database_url, deliver=True) as worker:
         await ring(worker, cracked, behind)
         await until_parked(worker, behind)
@@ -238,7 +238,7 @@ async def test_dead_letters_and_what_is_overdue_are_found(
     )
 
 
-async def until_parked(bus: EventBus, event: BellRung) -> None:
+async def until_parked(bus: EventBus, event: GongStruck) -> None:
     async def parked() -> bool:
         return [one.state for one in await bus.deliveries(event.event_id)] == ["parked"]
 
@@ -252,10 +252,10 @@ async def until_parked(bus: EventBus, event: BellRung) -> None:
 async def test_events_that_nobody_hears_and_handlers_that_nobody_feeds_are_found(
     bus: EventBus, database_url: str
 ) -> None:
-    await ring(bus, BellCast(tower="north"))
+    await ring(bus, GongCast(tower="north"))
     deaf, unfed = await found(bus, "hearing")
-    assert (deaf.level, deaf.what) == (Level.WARNING, "nobody reacts to BellCast (1 of the last 1 events)")
-    assert unfed.what == "listen heard nothing among the last 1 events: it hears BellRung"
+    assert (deaf.level, deaf.what) == (Level.WARNING, "nobody reacts to GongCast (1 of the last 1 events)")
+    assert unfed.what == "listen heard nothing among the last 1 events: it hears GongStruck"
     bus.register(AuditEventHandler())
     other = belfry(database_url)
     other.register(AuditEventHandler())
@@ -263,22 +263,22 @@ async def test_events_that_nobody_hears_and_handlers_that_nobody_feeds_are_found
         deaf, _ = await found(other, "hearing")
     assert (deaf.level, "only what hears everything" in deaf.what) == (Level.NOTE, True)
     immediately = belfry(database_url)
-    immediately.subscribe(BellCast, admire, name="at once", delivery=Delivery.AFTER_COMMIT)
-    assert not any("BellCast" in finding.what for finding in await found(immediately, "hearing"))
+    immediately.subscribe(GongCast, admire, name="at once", delivery=Delivery.AFTER_COMMIT)
+    assert not any("GongCast" in finding.what for finding in await found(immediately, "hearing"))
     await immediately.engine.dispose()
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"type": "BellMelted"}, "this build knows no class for BellMelted"),
-        ({"version": 7}, "BellRung is in the log in version 7, and this build knows 1"),
+        ({"type": "GongMelted"}, "this build knows no class for GongMelted"),
+        ({"version": 7}, "GongStruck is in the log in version 7, and this build knows 1"),
     ],
 )
 async def test_events_that_this_build_can_t_read_are_found(
     bus: EventBus, changes: dict[str, object], told: str
 ) -> None:
-    await ring(bus, BellRung(tower="north"))
+    await ring(bus, GongStruck(tower="north"))
     async with bus.engine.begin() as connection:
         await connection.execute(update(schema.log).values(**changes))
     assert any(told in finding.what for finding in await found(bus, "hearing"))
@@ -286,11 +286,11 @@ async def test_events_that_this_build_can_t_read_are_found(
 
 async def test_an_attempt_whose_process_is_gone_is_found(bus: EventBus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LATE", timedelta(0))
-    async with bus.workflow(BellTuning, tower="north") as attempt:
+    async with bus.workflow(GongTuning, tower="north") as attempt:
         assert await found(bus, "workflows") == []
         async with bus.engine.begin() as connection:
             await connection.execute(text("DELETE FROM whereupon_process"))
         finding = await only(bus, "workflows")
         assert finding.level is Level.FAULT
-        assert f"BellTuning ({attempt.attempted.event_id})" in finding.what
+        assert f"GongTuning ({attempt.attempted.event_id})" in finding.what
         await attempt.failed("out of tune")

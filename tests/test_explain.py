@@ -36,64 +36,64 @@ ONCE = Retry(max_attempts=1)
 POLL = 0.05
 
 
-class LetterPosted(DomainEvent, audit="letter_posted", resource="letter", resource_id="number"):
+class CardMailed(DomainEvent, audit="card_mailed", resource="letter", resource_id="number"):
     road: str
     number: int
     flaw: str = ""
 
 
-class LetterLost(DomainEvent):
+class CardMislaid(DomainEvent):
     number: int
 
 
-class LetterRead(DomainEvent, name="LetterOpened", aliases=("LetterUnsealed",)):
+class CardPerused(DomainEvent, name="CardViewed", aliases=("CardUnfolded",)):
     number: int
 
 
-class DeliveryRoundAttempted(DomainEvent, outcome=Outcome.ATTEMPTED):
+class PostRoundAttempted(DomainEvent, outcome=Outcome.ATTEMPTED):
     road: str
 
 
-class DeliveryRoundSucceeded(DomainEvent):
+class PostRoundSucceeded(DomainEvent):
     road: str
 
 
-class DeliveryRoundFailed(DomainEvent, outcome=Outcome.FAILED):
+class PostRoundFailed(DomainEvent, outcome=Outcome.FAILED):
     road: str
     reason: str
 
 
-DeliveryRound = Workflow(DeliveryRoundAttempted, DeliveryRoundSucceeded, DeliveryRoundFailed)
+PostRound = Workflow(PostRoundAttempted, PostRoundSucceeded, PostRoundFailed)
 
 
-async def note(_: LetterPosted) -> None: ...
+async def note(_: CardMailed) -> None: ...
 
 
-async def deliver(event: LetterPosted) -> None:
+async def deliver(event: CardMailed) -> None:
     if event.flaw == "torn":
         raise ValueError("the letter\nis torn")
     if event.flaw == "junk":
         raise Discard("nobody reads that")
 
 
-async def stamp(_: LetterPosted, session: AsyncSession) -> None:
+async def stamp(_: CardMailed, session: AsyncSession) -> None:
     await session.execute(text("SELECT 1"))
 
 
-async def seek(_: LetterLost) -> None: ...
+async def seek(_: CardMislaid) -> None: ...
 
 
-async def hurry(_: LetterPosted) -> None: ...
+async def hurry(_: CardMailed) -> None: ...
 
 
 def office(url: str, *, deliver_here: bool = False) -> EventBus:
     bus = EventBus(url, create_tables=True, deliver=deliver_here, poll_interval=POLL, lease=2)
     bus.register(AuditEventHandler())
-    bus.subscribe(LetterPosted, deliver, name="deliver", ordered_by="road", retry=ONCE)
-    bus.subscribe(LetterPosted, note, name="note", retry=Retry(max_attempts=3, first=60, longest=100))
-    bus.subscribe(LetterPosted, stamp, name="stamp", delivery=Delivery.IN_TRANSACTION)
-    bus.subscribe(LetterPosted, hurry, name="hurry", delivery=Delivery.AFTER_COMMIT)
-    bus.subscribe(LetterLost, seek, name="seek")
+    bus.subscribe(CardMailed, deliver, name="deliver", ordered_by="road", retry=ONCE)
+    bus.subscribe(CardMailed, note, name="note", retry=Retry(max_attempts=3, first=60, longest=100))
+    bus.subscribe(CardMailed, stamp, name="stamp", delivery=Delivery.IN_TRANSACTION)
+    bus.subscribe(CardMailed, hurry, name="hurry", delivery=Delivery.AFTER_COMMIT)
+    bus.subscribe(CardMislaid, seek, name="seek")
     return bus
 
 
@@ -110,8 +110,8 @@ async def post(bus: EventBus, *events: DomainEvent) -> None:
         await bus.publish(*events, session=session)
 
 
-def letter(number: int = 1, road: str = "long", flaw: str = "") -> LetterPosted:
-    return LetterPosted(road=road, number=number, flaw=flaw)
+def letter(number: int = 1, road: str = "long", flaw: str = "") -> CardMailed:
+    return CardMailed(road=road, number=number, flaw=flaw)
 
 
 def of(story: EventStory, name: str) -> DeliveryStory:
@@ -143,7 +143,7 @@ async def test_a_story_says_who_published_an_event_when_and_what_became_of_it(da
             await post(bus, event)
         delivered = await told(bus, event, "deliver", "succeeded")
         story = await bus.explain(event.event_id)
-    assert (story.event_type, story.version) == ("LetterPosted", 1)
+    assert (story.event_type, story.version) == ("CardMailed", 1)
     assert (story.metadata.actor, story.metadata.ip_address) == ("ada", "192.0.2.7")
     assert '"road":"long"' in story.payload
     assert story.made_at is not None
@@ -157,7 +157,7 @@ async def test_a_story_says_who_published_an_event_when_and_what_became_of_it(da
     assert of(story, "AuditEventHandler").state == "in publish"
     assert of(story, "hurry").state == "after commit"
     assert story.deaf == 1
-    assert [(miss.subscription, miss.hears) for miss in story.near_misses] == [("seek", "LetterLost")]
+    assert [(miss.subscription, miss.hears) for miss in story.near_misses] == [("seek", "CardMislaid")]
 
 
 async def test_a_story_says_what_a_delivery_waits_for(bus: EventBus, database_url: str) -> None:
@@ -169,7 +169,7 @@ async def test_a_story_says_what_a_delivery_waits_for(bus: EventBus, database_ur
     await bus.operator.resume("note", "dry", author="ada")
 
     other = EventBus(database_url, poll_interval=POLL)
-    other.subscribe(LetterLost, seek, name="seek")
+    other.subscribe(CardMislaid, seek, name="seek")
     async with other:
         await until(lambda: other._worker is not None)
         why = (await told(bus, event, "note", "waiting")).why
@@ -203,10 +203,10 @@ async def test_a_story_tells_of_failures_of_what_waits_behind_them_and_of_what_w
 async def test_a_story_tells_when_a_failed_delivery_is_tried_again(database_url: str) -> None:
     bus = EventBus(database_url, create_tables=True, poll_interval=POLL)
 
-    async def fail(_: LetterPosted) -> None:
+    async def fail(_: CardMailed) -> None:
         raise TimeoutError("nobody at home")
 
-    bus.subscribe(LetterPosted, fail, name="ring", retry=Retry(max_attempts=3, first=1000, longest=1000))
+    bus.subscribe(CardMailed, fail, name="ring", retry=Retry(max_attempts=3, first=1000, longest=1000))
     async with bus:
         event = letter()
         await post(bus, event)
@@ -219,22 +219,22 @@ async def test_a_story_tells_when_a_failed_delivery_is_tried_again(database_url:
 async def test_a_story_knows_what_caused_an_event_and_what_it_caused(database_url: str) -> None:
     bus = EventBus(database_url, create_tables=True, poll_interval=POLL)
 
-    async def lose(event: LetterPosted, session: AsyncSession) -> None:
-        await bus.publish(LetterLost(number=event.number), session=session)
+    async def lose(event: CardMailed, session: AsyncSession) -> None:
+        await bus.publish(CardMislaid(number=event.number), session=session)
 
-    bus.subscribe(LetterPosted, lose, name="lose")
-    bus.subscribe(LetterLost, seek, name="seek")
+    bus.subscribe(CardMailed, lose, name="lose")
+    bus.subscribe(CardMislaid, seek, name="seek")
     async with bus:
         event, other = letter(), letter(2)
         await post(bus, other)
         await post(bus, event)
         await told(bus, event, "lose", "succeeded")
         story = await bus.explain(event.event_id)
-        assert [caused.event_type for caused in story.caused] == ["LetterLost"]
+        assert [caused.event_type for caused in story.caused] == ["CardMislaid"]
         assert story.searched_all
         lost = await bus.explain(story.caused[0].event_id)
         assert lost.cause is not None
-        assert (lost.cause.event_id, lost.cause.event_type) == (event.event_id, "LetterPosted")
+        assert (lost.cause.event_id, lost.cause.event_type) == (event.event_id, "CardMailed")
         related = await bus.stories.events(related_to=lost.event_id)
         assert [one.event_id for one in related] == [lost.event_id, event.event_id]
 
@@ -245,7 +245,7 @@ async def test_a_subscription_that_came_later_is_told_as_not_owed(bus: EventBus,
     async with bus.engine.begin() as connection:  # so that it is older by any clock
         await connection.execute(update(schema.log).values(recorded_at=datetime.now(UTC) - timedelta(hours=1)))
     declared = office(database_url)
-    declared.subscribe(LetterPosted, note, name="newcomer")
+    declared.subscribe(CardMailed, note, name="newcomer")
     story = of(await declared.explain(event.event_id), "newcomer")
     assert (story.state, "has ever started" in story.why) == ("not owed", True)
     async with declared:
@@ -280,7 +280,7 @@ async def test_of_an_event_that_was_pruned_its_dead_letter_and_the_audit_trail_t
         story = await bus.explain(torn.event_id)
         assert story.position is None
         assert of(story, "deliver").state == "dead"
-        with pytest.raises(ActionRefused, match=r"any more: the audit trail knows it as LetterPosted of"):
+        with pytest.raises(ActionRefused, match=r"any more: the audit trail knows it as CardMailed of"):
             await bus.explain(well.event_id)
 
 
@@ -311,22 +311,22 @@ async def test_headers_and_payloads_that_somebody_broke_do_not_keep_the_rest_fro
 async def test_an_attempt_is_part_of_the_story_of_both_its_events(database_url: str) -> None:
     bus = office(database_url)
     async with bus:
-        attempt = bus.workflow(DeliveryRound, road="long")
+        attempt = bus.workflow(PostRound, road="long")
         with pytest.raises(RuntimeError):
             async with attempt:
                 raise RuntimeError("the van broke down")
         async with (
-            bus.workflow(DeliveryRound, road="short") as other,
+            bus.workflow(PostRound, road="short") as other,
             AsyncSession(bus.engine) as session,
             session.begin(),
         ):
             await other.succeeded(session=session)
         first = (await bus.explain(attempt.attempted.event_id)).attempt
         assert first is not None
-        assert (first.workflow, first.state) == ("DeliveryRound", "failed")
+        assert (first.workflow, first.state) == ("PostRound", "failed")
         assert first.outcome_id is not None
         outcome = await bus.explain(first.outcome_id)
-        assert outcome.event_type == "DeliveryRoundFailed"
+        assert outcome.event_type == "PostRoundFailed"
         assert outcome.attempt == first
         found = await bus.stories.attempts()
         assert [one.state for one in found] == ["succeeded", "failed"]
@@ -336,26 +336,26 @@ async def test_an_attempt_is_part_of_the_story_of_both_its_events(database_url: 
 
 
 async def test_a_type_s_story_tells_its_handlers_and_when_they_give_up(bus: EventBus) -> None:
-    story = bus.explain_type("LetterPosted")
+    story = bus.explain_type("CardMailed")
     assert story.fields == {"road": "str", "number": "int", "flaw": "str"}
-    assert story.audit == "letter_posted"
+    assert story.audit == "card_mailed"
     handlers = {handler.subscription: handler for handler in story.handlers}
     assert [(each.attempt, each.after) for each in handlers["note"].tries] == [(1, 0), (2, 60), (3, 160)]
     assert handlers["deliver"].ordered_by == "road"
     assert handlers["AuditEventHandler"].hears_everything
     assert handlers["hurry"].tries == ()
     assert [miss.subscription for miss in story.near_misses] == ["seek"]
-    assert bus.explain_type("LetterUnsealed").event_type == "LetterOpened"
-    with pytest.raises(ActionRefused, match=r"no event 'LetterPost': is it LetterPosted"):
-        bus.explain_type("LetterPost")
+    assert bus.explain_type("CardUnfolded").event_type == "CardViewed"
+    with pytest.raises(ActionRefused, match=r"no event 'CardMaile': is it CardMailed"):
+        bus.explain_type("CardMaile")
 
 
-@pytest.mark.parametrize(("event", "counted"), [(letter(), 4), (LetterLost(number=1), 1)])
+@pytest.mark.parametrize(("event", "counted"), [(letter(), 4), (CardMislaid(number=1), 1)])
 async def test_a_type_s_story_tells_how_many_statements_a_publish_takes(
     bus: EventBus, event: DomainEvent, counted: int
 ) -> None:
     assert bus.explain_type(type(event).__event__.name).statements == counted
-    await post(bus, LetterLost(number=0))  # what a first publish asks once is asked
+    await post(bus, CardMislaid(number=0))  # what a first publish asks once is asked
     async with AsyncSession(bus.engine) as session, session.begin():
         await session.execute(text("SELECT 1"))
         with statements(bus.engine.sync_engine) as seen:
@@ -369,10 +369,10 @@ async def test_events_are_listed_the_newest_first_by_type_time_and_position(bus:
     letters = [letter(number) for number in range(5)]
     for event in letters:
         await post(bus, event)
-    await post(bus, LetterLost(number=9))
-    found = await bus.stories.events(types=["LetterPosted"], limit=3)
+    await post(bus, CardMislaid(number=9))
+    found = await bus.stories.events(types=["CardMailed"], limit=3)
     assert [one.event_id for one in found] == [event.event_id for event in letters[:1:-1]]
-    rest = await bus.stories.events(types=["LetterPosted"], before=found[-1].position)
+    rest = await bus.stories.events(types=["CardMailed"], before=found[-1].position)
     assert [one.event_id for one in rest] == [event.event_id for event in letters[1::-1]]
     assert await bus.stories.events(until=rest[-1].recorded_at) == []
     assert len(await bus.stories.events(since=rest[-1].recorded_at)) == 6
@@ -383,7 +383,7 @@ async def test_who_follows_the_log_sees_each_event_once_however_late_it_commits(
     seen: list[UUID] = []
 
     async def follow() -> None:
-        async for event in bus.stories.follow(["LetterPosted"], every=0.02):
+        async for event in bus.stories.follow(["CardMailed"], every=0.02):
             seen.append(event.event_id)
 
     following = asyncio.create_task(follow())
@@ -400,7 +400,7 @@ async def test_who_follows_the_log_sees_each_event_once_however_late_it_commits(
             expected = [early.event_id, late.event_id]
         else:
             await post(bus, late)
-            await post(bus, LetterLost(number=1))
+            await post(bus, CardMislaid(number=1))
             await post(bus, early)
             expected = [late.event_id, early.event_id]
         await until(lambda: len(seen) >= 2)
