@@ -36,6 +36,13 @@ async def here(sqlite_url: str) -> AsyncIterator[Town]:
         yield running
 
 
+@pytest.fixture
+async def anywhere(database_url: str) -> AsyncIterator[Town]:
+    """On each of the databases."""
+    async with town(database_url) as running:
+        yield running
+
+
 async def screenshot(page: Page, name: str, *, full_page: bool = False) -> None:
     if os.environ.get("SCREENSHOTS"):
         IMAGES.mkdir(exist_ok=True)
@@ -47,9 +54,9 @@ async def records(page: Page) -> int:
 
 
 async def test_a_person_registers_confirms_logs_in_connects_a_bank_and_watches_what_follows(
-    browser: Browser, here: Town
+    browser: Browser, anywhere: Town
 ) -> None:
-    async with page_of(browser, here) as page:
+    async with page_of(browser, anywhere) as page:
         await page.goto("/")
         await page.get_by_role("main").get_by_role("link", name="Register").click()
         await page.get_by_label("Email address").fill(ADA)
@@ -57,7 +64,7 @@ async def test_a_person_registers_confirms_logs_in_connects_a_bank_and_watches_w
         await page.get_by_role("button", name="Register").click()
         await expect(page.get_by_role("status")).to_contain_text("mailbox")
 
-        token = await here.dashtam.token(ADA, "Welcome to Dashtam")
+        token = await anywhere.dashtam.token(ADA, "Welcome to Dashtam")
         await page.goto(f"/verify?token={token}")
         await page.get_by_role("button", name="Confirm the address").click()
         await expect(page.get_by_role("status")).to_contain_text("confirmed")
@@ -66,14 +73,14 @@ async def test_a_person_registers_confirms_logs_in_connects_a_bank_and_watches_w
         await page.wait_for_url("**/home")
         await page.get_by_role("main").get_by_role("link", name="Connect a bank").last.click()
         await page.get_by_role("button", name="Go to the bank").click()
-        await expect(page).to_have_url(re.compile(f"^{re.escape(here.bank_url)}/"))
+        await expect(page).to_have_url(re.compile(f"^{re.escape(anywhere.bank_url)}/"))
         await page.get_by_label("Name").fill("Ada")
         await page.get_by_label("Password").fill("sandbox")
         await screenshot(page, "consent")
         await page.get_by_role("button", name="Allow").click()
         await page.wait_for_url("**/home?done=connected")
 
-        for account in here.bank.people.find("Ada").accounts:
+        for account in anywhere.bank.people.find("Ada").accounts:
             row = page.get_by_role("row", name=account.name).first
             await expect(row).to_contain_text(f"{account.balance:,f} {account.currency}")
         await expect(page.get_by_role("region", name="What followed").first).to_contain_text("Account sync succeeded")
@@ -82,7 +89,7 @@ async def test_a_person_registers_confirms_logs_in_connects_a_bank_and_watches_w
         # nothing is loaded anew: what happens elsewhere appears
         await page.evaluate("window.untouched = true")
         before = await records(page)
-        await here.dashtam.log_in(ADA)
+        await anywhere.dashtam.log_in(ADA)
 
         async def grown() -> bool:
             return await records(page) > before
@@ -92,13 +99,15 @@ async def test_a_person_registers_confirms_logs_in_connects_a_bank_and_watches_w
         assert await page.evaluate("window.untouched") is True
 
 
-async def test_what_another_process_commits_appears_without_a_reload(browser: Browser, here: Town) -> None:
-    await here.sign_up(ADA)
-    async with page_of(browser, here) as page:
+async def test_what_another_process_commits_appears_without_a_reload(browser: Browser, anywhere: Town) -> None:
+    await anywhere.sign_up(ADA)
+    async with page_of(browser, anywhere) as page:
         await log_in(page, ADA)
         await page.wait_for_url("**/home")
         before = await records(page)
-        elsewhere = build(here.dashtam.application.settings)  # as another process has it: nobody here hears of it
+        elsewhere = build(
+            anywhere.dashtam.application.settings
+        )  # as another process has it: nobody anywhere hears of it
         async with elsewhere.running():
             await elsewhere.sessions.log_in(LogIn(email=ADA, password=PASSWORD))
 
@@ -189,9 +198,9 @@ async def test_hostile_names_are_text(browser: Browser, here: Town) -> None:
         assert asked == []
 
 
-async def test_everything_works_without_javascript_on_a_narrow_screen(browser: Browser, here: Town) -> None:
-    await here.sign_up(ADA)
-    async with page_of(browser, here, javascript=False, width=320) as page:
+async def test_everything_works_without_javascript_on_a_narrow_screen(browser: Browser, anywhere: Town) -> None:
+    await anywhere.sign_up(ADA)
+    async with page_of(browser, anywhere, javascript=False, width=320) as page:
         await log_in(page, ADA)
         await page.wait_for_url("**/home")
         await connect_bank(page)
