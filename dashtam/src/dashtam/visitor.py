@@ -111,12 +111,14 @@ class Visitor:
         """Go to the bank, say yes or no there, and come back."""
         started = await self.ask("POST", "/connections", {"provider_name": "sandbox"}, expect=201)
         url = started.json()["authorization_url"]
-        page = await self._bank.get(url)
-        seal = re.search(r'name="seal" value="([^"]+)"', page.text)
-        if seal is None:
-            raise WentWrong(f"{self.name}: the bank shows no form at {url}: {page.status_code} {page.text[:300]}")
-        form = {"seal": seal[1], "name": self.name, "password": "sandbox", "decision": decision}
-        back = await self._bank.post(url, data=form)
+        # a browser of their own: in one that all share, the bank's cookie for one form is lost to the next
+        async with httpx.AsyncClient(base_url=self._bank.base_url, timeout=PATIENCE) as browser:
+            page = await browser.get(url)
+            seal = re.search(r'name="seal" value="([^"]+)"', page.text)
+            if seal is None:
+                raise WentWrong(f"{self.name}: the bank shows no form at {url}: {page.status_code} {page.text[:300]}")
+            form = {"seal": seal[1], "name": self.name, "password": "sandbox", "decision": decision}
+            back = await browser.post(url, data=form)
         sent = {key: values[0] for key, values in parse_qs(urlsplit(back.headers.get("location", "")).query).items()}
         callback = {key: sent[key] for key in ("state", "code", "error") if key in sent}
         return await self.ask("POST", "/connections/callback", callback, expect=expect)
