@@ -304,10 +304,10 @@ async def test_settling_looks_at_one_version_of_a_row_though_a_snapshot_keeps_th
         await old.execute(text("SELECT count(*) FROM whereupon_cursor"))
         for _ in range(FEW * 2):
             assert len(await long.store.settle(moves, uuid4(), [])) == 2
-        with long.cheap("whereupon_cursor", rows=2) as seen:
+        with long.cheap("whereupon_cursor", rows=2, blocks=25) as seen:
             await long.store.settle(moves, uuid4(), [])
         assert len(seen) == 1
-        with long.cheap("whereupon_cursor", rows=2):
+        with long.cheap("whereupon_cursor", rows=2, blocks=25):
             async with long.store.own.begin() as connection:
                 await long.store.move(connection, moves[0], uuid4())
 
