@@ -163,6 +163,7 @@ exception = Table(
     Column("error_type", Text),
     Column("error_message", Text),
     Column("traceback", Text),
+    Column("fingerprint", Text),
     Column("recorded_at", UTCDateTime, nullable=False),
     Column("updated_at", UTCDateTime, nullable=False),
 )

@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
 from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost, SubscriptionConflictError
+from whereupon.fingerprint import fingerprint_of
 from whereupon.schema import action, exception, history, log, process, without_nul
 from whereupon.schema import cursor as cursor_table
 from whereupon.schema import definition as definition_table
@@ -586,6 +587,9 @@ class Store(abc.ABC):
             "error_type": without_nul(failure.error_type),
             "error_message": without_nul(failure.error_message),
             "traceback": without_nul(failure.traceback),
+            "fingerprint": None
+            if failure.error_type is None
+            else fingerprint_of(failure.error_type, failure.error_message, failure.traceback),
             "updated_at": self.later(0),
         }
 

@@ -157,6 +157,7 @@ CREATE TABLE whereupon_exception (
     error_type text,
     error_message text,
     traceback text,
+    fingerprint text,
     recorded_at timestamptz NOT NULL,
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     UNIQUE (subscription, generation, position)
@@ -172,6 +173,11 @@ CREATE INDEX whereupon_exception_key ON whereupon_exception (subscription, gener
 CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
 CREATE INDEX whereupon_exception_dead ON whereupon_exception (id) WHERE state = 'dead';
+
+CREATE INDEX whereupon_exception_cause ON whereupon_exception (subscription, fingerprint, id) WHERE state = 'dead';
+
+CREATE INDEX whereupon_exception_open ON whereupon_exception (subscription, recorded_at)
+    WHERE state IN ('running', 'retrying', 'waiting', 'parked');
 
 CREATE TABLE whereupon_history (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -343,6 +349,7 @@ CREATE TABLE whereupon_exception (
     error_type TEXT,
     error_message TEXT,
     traceback TEXT,
+    fingerprint TEXT,
     recorded_at DATETIME NOT NULL,
     updated_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
     UNIQUE (subscription, generation, position)
@@ -358,6 +365,11 @@ CREATE INDEX whereupon_exception_key ON whereupon_exception (subscription, gener
 CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
 CREATE INDEX whereupon_exception_dead ON whereupon_exception (id) WHERE state = 'dead';
+
+CREATE INDEX whereupon_exception_cause ON whereupon_exception (subscription, fingerprint, id) WHERE state = 'dead';
+
+CREATE INDEX whereupon_exception_open ON whereupon_exception (subscription, recorded_at)
+    WHERE state IN ('running', 'retrying', 'waiting', 'parked');
 
 CREATE TABLE whereupon_history (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
