@@ -209,7 +209,7 @@ async def test_what_waits_too_long_is_found_and_not_what_was_delivered(
     events = [GongStruck(tower=f"tower {number}") for number in range(20)]
     await ring(bus, *events)
     finding = await only(bus, "lag")
-    assert (finding.level, "listen owes an event" in finding.what) == (Level.FAULT, True)
+    assert (finding.level, f"listen owes GongStruck {events[0].event_id}" in finding.what) == (Level.FAULT, True)
     async with belfry(database_url, deliver=True) as worker:
         await worker.wait_settled(events, 20)
         await worker.drain(20)

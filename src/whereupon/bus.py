@@ -6,6 +6,7 @@ import enum
 import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
@@ -88,6 +89,7 @@ class EventBusProtocol(Protocol):
         rate: float | None = None,
         start: Start = "now",
         backfill_rate: float | None = None,
+        within: float | str | timedelta | None = None,
     ) -> None: ...
 
     @overload
@@ -108,6 +110,7 @@ class EventBusProtocol(Protocol):
         rate: float | None = None,
         start: Start = "now",
         backfill_rate: float | None = None,
+        within: float | str | timedelta | None = None,
     ) -> Subscriber[E]: ...
 
     def register(self, handlers: object, /, **options: Any) -> None: ...
@@ -155,6 +158,7 @@ class Subscribing:
         rate: float | None = None,
         start: Start = "now",
         backfill_rate: float | None = None,
+        within: float | str | timedelta | None = None,
     ) -> None: ...
 
     @overload
@@ -175,6 +179,7 @@ class Subscribing:
         rate: float | None = None,
         start: Start = "now",
         backfill_rate: float | None = None,
+        within: float | str | timedelta | None = None,
     ) -> Subscriber[E]: ...
 
     def subscribe(
@@ -189,7 +194,9 @@ class Subscribing:
         publishing. `lanes` is into how many shares the subscription is split when it is first registered, so how many
         workers can share its load; `batch` how many deliveries may share one transaction; `rate` how many there are a
         second, by all workers together. `start` is where in the log it begins when it is first registered: "now", at
-        the "beginning" or at a time; `backfill_rate` is its `rate` until it has caught up. Raises `SubscriptionError`
+        the "beginning" or at a time; `backfill_rate` is its `rate` until it has caught up. `within` is its promise: how
+        long after an event was published it is settled at the latest, as seconds, a timedelta or text ("30s", "5m");
+        nothing enforces it, but `whereupon doctor`, the dashboard and alerts measure by it. Raises `SubscriptionError`
         for a handler that could not be called.
         """
         if handler is _Missing.HANDLER:

@@ -10,19 +10,19 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from whereupon import cluster, schema
 from whereupon.errors import ForeignClusterError, SchemaError
 from whereupon.event import DomainEvent
+from whereupon.lag import Lags
+from whereupon.registry import alive, registered, with_aliases
 from whereupon.schema import definition as definition_table
 from whereupon.schema import exception, log, process, workflow
-from whereupon.schema import subscription as subscription_table
-from whereupon.store import DEAD, PARKED, RETRYING, WAITING, Cursor, Passed, Store, ran_in
+from whereupon.store import DEAD, PARKED, RETRYING, WAITING, Store
 from whereupon.subscription import Delivery, Subscription, Subscriptions
 
 LATE: Final = timedelta(seconds=60)
@@ -31,8 +31,6 @@ SKEW: Final = 1.0
 """Seconds between two clocks from which on they are told to differ."""
 LOOKED_AT: Final = 10_000
 """The newest events of the log, whose types are compared with what is heard."""
-READ_AHEAD: Final = 500
-"""Events that one lane's cursor is followed through for the first that it owes."""
 SHOWN: Final = 5
 
 
@@ -62,17 +60,6 @@ class Check:
     findings: Sequence[Finding]
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    name: str
-    paused: bool
-    definition: str
-    types: frozenset[str] | None
-    """None: all."""
-    lanes: int
-    ordered_by: str | None
-
-
 _Found = AsyncIterator[Finding]
 
 
@@ -82,12 +69,12 @@ class Doctor:
         store: Store,
         subscriptions: Subscriptions,
         class_of: Callable[[str], type[DomainEvent] | None],
-        key_inside: Callable[[Passed], str | None],
+        lags: Lags,
     ) -> None:
         self._store = store
         self._subscriptions = subscriptions
         self._class_of = class_of
-        self._key_inside = key_inside
+        self._lags = lags
 
     async def examine(self) -> AsyncIterator[Check]:
         """Each check as it is done; after tables or a cluster that can't be used none follows.
@@ -187,29 +174,13 @@ class Doctor:
         now: datetime = (await connection.execute(select(self._store.now_as_time))).scalar_one()
         return now
 
-    async def _alive(self, connection: AsyncConnection) -> list[set[str]]:
-        """What each live worker serves."""
-        rows = await connection.execute(
-            select(process.c.serves).where(process.c.in_flight > 0, process.c.lease_until > self._store.now)
-        )
-        return [set(msgspec.json.decode(row.serves, type=list[str])) for row in rows]
-
-    async def _known(self, connection: AsyncConnection) -> list[_Known]:
-        rows = await connection.execute(select(subscription_table).order_by(subscription_table.c.name))
-        found = []
-        for row in rows:
-            types = msgspec.json.decode(row.definition, type=dict[str, Any])["types"]
-            heard = None if types == ["*"] else frozenset(types)
-            found.append(_Known(row.name, bool(row.paused), row.definition, heard, row.lanes, row.ordered_by))
-        return found
-
     def _declared(self) -> dict[str, Subscription]:
         return {s.name: s for s in self._subscriptions if s.delivery is not Delivery.AFTER_COMMIT}
 
     async def _workers(self) -> _Found:
         async with self._store.reading() as connection:
-            alive, known = await self._alive(connection), await self._known(connection)
-        if known and not alive:
+            serving, known = await alive(connection, self._store), await registered(connection)
+        if known and not serving:
             yield Finding(
                 check="workers",
                 level=Level.FAULT,
@@ -219,7 +190,7 @@ class Doctor:
 
     async def _served(self) -> _Found:
         async with self._store.reading() as connection:
-            alive, known = await self._alive(connection), await self._known(connection)
+            serving, known = await alive(connection, self._store), await registered(connection)
             revisions = {
                 (row.subscription, row.definition): row.revision
                 for row in await connection.execute(select(definition_table))
@@ -233,7 +204,7 @@ class Doctor:
                     what=f"{one.name} is paused",
                     way_out=f"`whereupon handlers list` says why; `whereupon handlers resume {one.name}`",
                 )
-            elif alive and not any(one.name in serves for serves in alive):
+            elif serving and not any(one.name in serves for serves in serving):
                 here = one.name in declared
                 yield Finding(
                     check="subscriptions",
@@ -266,50 +237,19 @@ class Doctor:
             )
 
     async def _lag(self) -> _Found:
-        async with self._store.reading() as connection:
-            known = await self._known(connection)
-            now = await self._now(connection)
-            standing = {one.name: await self._store.standing(connection, one.name) for one in known}
-        for one in known:
-            oldest: datetime | None = None
-            for cursor in standing[one.name]:
-                if cursor.key.generation == 0:
-                    owed = await self._owed(cursor, one)
-                    if owed is not None and (oldest is None or owed < oldest):
-                        oldest = owed
-            if oldest is not None and now - oldest > LATE and not one.paused:
-                yield Finding(
-                    check="lag",
-                    level=Level.FAULT,
-                    what=f"{one.name} owes an event that was published {_age(now - oldest)} ago",
-                    way_out="`whereupon explain EVENT_ID` says what it waits for; more workers, a higher concurrency "
-                    "or a timeout help if its handler is slow",
-                )
-
-    async def _owed(self, cursor: Cursor, known: _Known) -> datetime | None:
-        """When the first event was recorded that this lane has not passed."""
-        types = None if known.types is None else self._with_aliases(known.types)
-        page = await self._store.read(cursor.place, types, READ_AHEAD)
-        rows = [row for row in page.rows if row.position not in cursor.done]
-        async with self._store.reading() as connection:
-            failed = await self._store.kept(connection, cursor, [row.position for row in rows])
-        for row in rows:
-            if row.position in failed or known.name in ran_in(row.ran):
+        for lag in await self._lags.measure():
+            limit = LATE.total_seconds() if lag.within is None else lag.within
+            if lag.oldest is None or lag.age <= limit or lag.paused:
                 continue
-            seen = Passed(
-                row.event_id, row.type, row.position, row.keys, [], row.version, row.payload, known.name,
-                cursor.key.lane, known.lanes, known.ordered_by, False, False,
-            )  # fmt: skip
-            if seen.own_lane(self._key_inside) in (None, cursor.key.lane):
-                return row.recorded_at
-        return None
-
-    def _with_aliases(self, names: frozenset[str]) -> list[str]:
-        found = set(names)
-        for name in names:
-            if (cls := self._class_of(name)) is not None:
-                found.update(cls.__event__.aliases)
-        return sorted(found)
+            promised = "" if lag.within is None else f", and promises to settle within {_age(timedelta(seconds=limit))}"
+            yield Finding(
+                check="lag",
+                level=Level.FAULT,
+                what=f"{lag.subscription} owes {lag.oldest.event_type} {lag.oldest.event_id}, which was published "
+                f"{_age(timedelta(seconds=lag.age))} ago{promised}",
+                way_out=f"`whereupon explain {lag.oldest.event_id}` says what it waits for; more workers, a higher "
+                "concurrency or a timeout help if its handler is slow",
+            )
 
     async def _failures(self) -> _Found:
         async with self._store.reading() as connection:
@@ -348,7 +288,7 @@ class Doctor:
 
     async def _hearing(self) -> _Found:
         async with self._store.reading() as connection:
-            known = await self._known(connection)
+            known = await registered(connection)
             newest = select(log.c.type, log.c.version).order_by(log.c.position.desc()).limit(LOOKED_AT).subquery()
             seen: dict[str, int] = {}
             versions: dict[str, int] = {}
@@ -358,7 +298,7 @@ class Doctor:
                 seen[name], versions[name] = number, version
         reacting: set[str] = set()
         for one in known:
-            reacting.update(self._with_aliases(one.types) if one.types is not None else ())
+            reacting.update(with_aliases(one.types, self._class_of) if one.types is not None else ())
         reacting.update(
             cls.__event__.name
             for s in self._subscriptions
@@ -376,7 +316,7 @@ class Doctor:
                 way_out="subscribe a handler, or leave it, if it is published for the record",
             )
         for one in known:
-            if seen and one.types is not None and not seen.keys() & set(self._with_aliases(one.types)):
+            if seen and one.types is not None and not seen.keys() & set(with_aliases(one.types, self._class_of)):
                 yield Finding(
                     check="hearing",
                     level=Level.NOTE,

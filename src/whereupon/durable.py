@@ -51,6 +51,7 @@ from whereupon.errors import (
     UnsupportedDatabaseError,
 )
 from whereupon.event import DomainEvent, event_class
+from whereupon.lag import Lag, Lags
 from whereupon.lane import key_of
 from whereupon.logs import message_of, trace_of
 from whereupon.memory import session_required
@@ -212,7 +213,8 @@ class EventBus(Subscribing):
         looks = (self._store, self.subscriptions, self.class_of, self._key_inside)
         self.stories = Storyteller(*looks, self._reachable)
         """What became of events and attempts, for people: an event's story, lists of events, the audit trail."""
-        self._doctor = Doctor(*looks)
+        self._lags = Lags(*looks)
+        self._doctor = Doctor(self._store, self.subscriptions, self.class_of, self._lags)
         _staging.watch(self.engine.sync_engine)
 
     def __repr__(self) -> str:
@@ -771,6 +773,13 @@ class EventBus(Subscribing):
         """What is wrong with this bus and its database, check by check; see `Check`. Nothing is changed."""
         self._check_loop()
         return self._doctor.examine()
+
+    async def lags(self) -> list[Lag]:
+        """How far each subscription that the database knows is behind, measured now."""
+        self._check_loop()
+        await self._reachable()
+        with self._store.reaching():
+            return await self._lags.measure()
 
     def _heard(self) -> Mapping[str, Sequence[str]]:
         return _Heard(self)

@@ -471,6 +471,8 @@ def _handler_told(handler: HandlerStory) -> Iterator[str]:
         details.append(f"up to {handler.batch} in one transaction")
     if handler.rate is not None:
         details.append(f"{handler.rate:g} a second at most")
+    if handler.within is not None:
+        details.append(f"promised within {_long(handler.within)}")
     yield f"  {handler.subscription}: {', '.join(details)}"
     if len(handler.tries) == 1:
         yield "    one attempt, then dead"

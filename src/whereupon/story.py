@@ -23,10 +23,10 @@ from whereupon.audit import AuditEventHandler
 from whereupon.context import NO_METADATA, Metadata, decode_metadata
 from whereupon.errors import ActionRefused
 from whereupon.event import DomainEvent
+from whereupon.registry import Registered, registered
 from whereupon.schema import action as action_table
 from whereupon.schema import audit_log, exception, history, log, process, workflow
 from whereupon.schema import cursor as cursor_table
-from whereupon.schema import subscription as subscription_table
 from whereupon.store import BLOCKING, PARKED, RETRYING, WAITING, Entry, Passed, Store, ran_in
 from whereupon.subscription import Delivery, Retry, Subscription, Subscriptions
 from whereupon.workflow import State
@@ -163,6 +163,8 @@ class HandlerStory:
     concurrency: int
     batch: int
     rate: float | None
+    within: float | None
+    """Its promise, in seconds: how long after a publish it has settled the event at the latest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,17 +181,6 @@ class TypeStory:
     statements: int
     """SQL statements of whereupon's that one publish in a session takes, before what its handlers execute."""
     statements_why: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A subscription as the database has it."""
-
-    name: str
-    paused: bool
-    types: frozenset[str] | None
-    """None: all."""
-    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,12 +247,12 @@ class Storyteller:
                 source: Any = row if row is not None else copies[0]
                 metadata = _metadata(source.headers)
                 caused, searched, all_ = await self._caused(connection, event_id, source.position)
-                known = await self._subscriptions_known(connection)
+                known = {one.name: one for one in await registered(connection)}
                 committed = None if row is None else await self._committed(connection, row.position)
                 attempt = await self._attempt(connection, event_id)
                 cause = await self._mentioned(connection, metadata.causation_id)
             stories = await self._deliveries(source, row is not None, known)
-        deaf = {k.name: k.types for k in known.values() if not self._hears(k, source.type)}
+        deaf = {k.name: k.types for k in known.values() if not k.hears(source.type, self._class_of)}
         return EventStory(
             event_id=event_id,
             event_type=source.type,
@@ -340,10 +331,6 @@ class Storyteller:
             end == last,
         )
 
-    async def _subscriptions_known(self, connection: AsyncConnection) -> dict[str, _Known]:
-        rows = await connection.execute(select(subscription_table).order_by(subscription_table.c.name))
-        return {row.name: _Known(row.name, bool(row.paused), _types(row.definition), row.created_at) for row in rows}
-
     async def _committed(self, connection: AsyncConnection, position: int) -> datetime | None:
         if self._store.engine.dialect.name != "postgresql":
             return None
@@ -377,20 +364,14 @@ class Storyteller:
 
     # --- its deliveries ---------------------------------------------------------------------------------------------
 
-    def _hears(self, known: _Known, stored_type: str) -> bool:
-        if known.types is None or stored_type in known.types:
-            return True
-        cls = self._class_of(stored_type)
-        return cls is not None and cls.__event__.name in known.types  # stored under an older name
-
     async def _copies(self, connection: AsyncConnection, event_id: UUID) -> Sequence[Any]:
         found = await connection.execute(
             select(exception).where(exception.c.event_id == event_id).order_by(exception.c.id)
         )
         return found.all()
 
-    async def _deliveries(self, source: Any, logged: bool, known: Mapping[str, _Known]) -> list[DeliveryStory]:
-        hearing = sorted(name for name, one in known.items() if self._hears(one, source.type))
+    async def _deliveries(self, source: Any, logged: bool, known: Mapping[str, Registered]) -> list[DeliveryStory]:
+        hearing = sorted(name for name, one in known.items() if one.hears(source.type, self._class_of))
         # A delivery may fail or succeed while this is read: in this order what is read later explains what was before.
         states = {
             state.subscription: state
@@ -456,7 +437,7 @@ class Storyteller:
     async def _delivery(
         self,
         connection: AsyncConnection,
-        known: _Known,
+        known: Registered,
         generation: int,
         *,
         state: str | None,
@@ -504,7 +485,7 @@ class Storyteller:
             actions=actions,
         )
 
-    async def _waits_for(self, connection: AsyncConnection, known: _Known, lane: int | None) -> str:
+    async def _waits_for(self, connection: AsyncConnection, known: Registered, lane: int | None) -> str:
         if known.paused:
             said = await connection.scalar(
                 select(action_table.c.reason)
@@ -833,6 +814,7 @@ def _handler(subscription: Subscription) -> HandlerStory:
         concurrency=subscription.concurrency,
         batch=subscription.batch,
         rate=subscription.rate,
+        within=subscription.within,
     )
 
 
@@ -891,11 +873,6 @@ def _metadata(headers: str) -> Metadata:
         return decode_metadata(headers)
     except msgspec.MsgspecError:
         return NO_METADATA  # somebody wrote into the table by hand; the rest of the story stands
-
-
-def _types(definition: str) -> frozenset[str] | None:
-    names: list[str] = msgspec.json.decode(definition, type=dict[str, Any])["types"]
-    return None if names == ["*"] else frozenset(names)
 
 
 def _type_name(hint: Any) -> str:

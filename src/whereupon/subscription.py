@@ -9,12 +9,13 @@ import functools
 import inspect
 import json
 import random
+import re
 import sys
 import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Concatenate, Final, Literal, TypeAlias, TypeVar
 
 from whereupon.context import EventContext
@@ -26,6 +27,8 @@ Handler: TypeAlias = Callable[Concatenate[E, ...], Coroutine[Any, Any, None]]
 
 DEFAULT_TIMEOUT: Final = 30.0
 DEFAULT_LANES: Final = 4
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 Start: TypeAlias = Literal["now", "beginning"] | datetime
 
@@ -108,6 +111,8 @@ class Subscription:
     """Where in the log it begins when it is first registered: now, at the beginning, or at a time."""
     backfill_rate: float | None = None
     """As `rate`, for events that were published before it was registered."""
+    within: float | None = None
+    """Its promise: seconds from the publish of an event until it is settled, at the latest."""
     recorder: Any = field(default=None, repr=False)
     """An object that writes with the log instead of being called (see `Recorder`)."""
 
@@ -187,6 +192,7 @@ class Subscriptions:
         rate: float | None = None,
         start: Start = "now",
         backfill_rate: float | None = None,
+        within: float | str | timedelta | None = None,
         **unknown: object,
     ) -> Subscription:
         """Check everything that can be checked of a subscription, and keep it. Raises `SubscriptionError`."""
@@ -205,8 +211,8 @@ class Subscriptions:
         if unknown:
             raise SubscriptionError(
                 f"{name} is subscribed with {', '.join(unknown)}, and there is no such option: "
-                "use name, delivery, retry, timeout, concurrency, required, ordered_by, lanes, batch, rate, start or "
-                "backfill_rate"
+                "use name, delivery, retry, timeout, concurrency, required, ordered_by, lanes, batch, rate, start, "
+                "backfill_rate or within"
             )
         context_parameter, session_parameter = _inspect(handler, name, event_type)
         recorder = _recorder_of(handler)
@@ -215,6 +221,7 @@ class Subscriptions:
         _check_options(name, delivery, retry, timeout, concurrency, required, session_parameter)
         _check_sharing(name, delivery, ordered_by, lanes, batch, rate)
         _check_start(name, delivery, start, backfill_rate)
+        promise = _promise(name, delivery, within)
         if ordered_by is not None:
             _check_order(name, event_type, ordered_by)
         made = Subscription(
@@ -235,6 +242,7 @@ class Subscriptions:
             rate=rate,
             start=start,
             backfill_rate=backfill_rate,
+            within=promise,
             recorder=recorder if delivery is Delivery.IN_TRANSACTION else None,
         )
         known = self._by_name.get(name)
@@ -283,6 +291,7 @@ def _same(known: Subscription, made: Subscription) -> bool:
             "rate",
             "start",
             "backfill_rate",
+            "within",
         )
     )
 
@@ -383,6 +392,29 @@ def _check_start(name: str, delivery: Delivery, start: Any, backfill_rate: Any) 
             f'{name} has a backfill_rate, but starts now, so there is nothing to catch up on: say start="beginning" or '
             "drop it"
         )
+
+
+def _promise(name: str, delivery: Delivery, within: Any) -> float | None:
+    if within is None:
+        return None
+    if delivery in (Delivery.IN_TRANSACTION, Delivery.AFTER_COMMIT):
+        raise SubscriptionError(
+            f"{name} runs {delivery}, in the publisher's process and at once: within is for DURABLE and TRANSACTIONAL"
+        )
+    seconds: float | None = None
+    if isinstance(within, timedelta):
+        seconds = within.total_seconds()
+    elif isinstance(within, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *(ms|s|m|h|d)", within.strip())
+        seconds = float(found[1]) * _UNITS[found[2]] if found else None
+    elif type(within) in (int, float):
+        seconds = float(within)
+    if seconds is None or not 0 < seconds < float("inf"):
+        raise SubscriptionError(
+            f"{name} has within={within!r}: it is how long after its publish an event is settled at the latest, in "
+            'seconds, as a timedelta or as text with ms, s, m, h or d: within="30s"'
+        )
+    return seconds
 
 
 def _check_order(name: str, event_type: type[DomainEvent], field: Any) -> None:
