@@ -69,7 +69,7 @@ async def test_what_is_retried_or_parked_is_owed_and_what_is_dead_is_not(databas
     async with harbour(database_url, deliver=True, retry=Retry(max_attempts=2, first=3600)) as bus:
         await delay(bus, first, second)
         async with asyncio.timeout(60):
-            while await states(bus, first, second) != ["retrying", "parked"]:
+            while await states(bus, first, second) != ["retrying", "parked"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         [lag] = await bus.lags()
         assert lag.oldest is not None

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -26,6 +26,7 @@ from sqlalchemy import delete, func, insert, literal_column, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from whereupon.causes import DeadGroup, Outcomes, dead_groups, outcomes
 from whereupon.codec import Codec
 from whereupon.context import decode_metadata
 from whereupon.errors import ActionRefused, EventDecodingError, EventEncodingError
@@ -57,11 +58,15 @@ CHUNK: Final = 500
 """Deliveries that are changed in one transaction."""
 CARRIED: Final = 10_000
 """Undelivered events that a change of lanes makes exceptions of, at most; with more it waits for workers."""
+CANARY_AT_ONCE: Final = 1000
+"""Dead letters that one step of a canary delivers again, at most."""
 PAGE: Final = 500
 LOOK: Final = 0.1
 """Seconds between two looks at whether lanes are given up."""
 RERUNS: Final = 10
 
+FAILED: Final = (DEAD, RETRYING, WAITING)
+"""States of a delivery whose last attempt has ended, if there was one since it was retried."""
 RETRIABLE: Final = (DEAD, RETRYING)
 SKIPPABLE: Final = (DEAD, RETRYING, WAITING, PARKED)
 """States that no handler runs in: the owner has them in the database alone."""
@@ -103,6 +108,8 @@ class DeadLetter:
     attempts: int
     error_type: str | None
     error_message: str | None
+    fingerprint: str | None
+    """Equal for dead letters of one cause."""
     recorded_at: datetime
     """When the event was published."""
     updated_at: datetime
@@ -127,6 +134,22 @@ class HandlerState:
     """How many of its lanes a live worker owns."""
     exceptions: Mapping[str, int] = field(default_factory=dict)
     """How many deliveries are retrying, parked, dead and so on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryStep:
+    """Some dead letters that were delivered again before others of their cause, and what became of them."""
+
+    retried: int
+    total: int
+    """With those of the steps before."""
+    outcomes: Outcomes
+    going_on: bool
+    """Whether others follow: none has failed, none is left untried, and there are more."""
+    failure: DeadLetter | None
+    """One that failed again."""
+    returned: bool
+    """Whether that failed of the same cause as before."""
 
 
 class Operator:
@@ -193,14 +216,22 @@ class Operator:
         subscription: str | None = None,
         *,
         error_type: str | None = None,
+        fingerprint: str | None = None,
         after: int = 0,
         limit: int = 100,
     ) -> list[DeadLetter]:
         """Dead letters, oldest first; `after` is the id of the last one that was seen."""
         columns = [column for column in exception.c if column.name not in ("payload", "headers", "traceback")]
-        query = self._dead(select(*columns), subscription, error_type, limit).where(exception.c.id > after)
+        query = self._dead(select(*columns), _Which(subscription, error_type, fingerprint), limit, after)
         async with self._reading() as connection:
             return [_letter(row) for row in await connection.execute(query)]
+
+    async def groups(self, subscription: str | None = None, *, limit: int = 100) -> list[DeadGroup]:
+        """Dead letters by their cause, those of one subscription after those of another."""
+        if limit < 1:
+            raise ActionRefused(f"limit={limit}: it is 1 or more")
+        async with self._reading() as connection:
+            return await dead_groups(connection, subscription, limit)
 
     async def delivery(self, subscription: str, event_id: UUID, *, generation: int = 0) -> DeadLetter:
         """One delivery that is among the exceptions, dead or not, with its event."""
@@ -254,16 +285,21 @@ class Operator:
         reason: str,
         generation: int = 0,
         error_type: str | None = None,
+        fingerprint: str | None = None,
         limit: int = 1000,
+        rate: float | None = None,
         author: str | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Deliver dead letters again, with all attempts of their `Retry`: one of an event, or many; return how many.
 
-        Of many, the oldest come first, at most `limit`. One that is not the first of its key waits for that.
+        Of many, the oldest come first, at most `limit`, and no more than `rate` a second; `progress` hears how many
+        have been changed. One that is not the first of its key waits for that.
         """
-        return await self._settle_chosen(
-            "retry", subscription, event_id, generation, error_type, limit, _by(reason, author)
-        )
+        which = _Which(subscription, error_type, fingerprint)
+        if event_id is not None:
+            return await self._settle_one("retry", which, event_id, generation, _by(reason, author))
+        return await self._settle_chosen("retry", which, limit, _by(reason, author), rate, progress)
 
     async def skip(
         self,
@@ -273,16 +309,21 @@ class Operator:
         reason: str,
         generation: int = 0,
         error_type: str | None = None,
+        fingerprint: str | None = None,
         limit: int = 1000,
+        rate: float | None = None,
         author: str | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Settle dead letters without a delivery, so that what waits behind them goes on; return how many.
 
-        Named by its event, one that is retrying, waiting or parked can be skipped as well.
+        Of many, the oldest come first, at most `limit`, and no more than `rate` a second; `progress` hears how many
+        have been changed. Named by its event, one that is retrying, waiting or parked can be skipped as well.
         """
-        return await self._settle_chosen(
-            "skip", subscription, event_id, generation, error_type, limit, _by(reason, author)
-        )
+        which = _Which(subscription, error_type, fingerprint)
+        if event_id is not None:
+            return await self._settle_one("skip", which, event_id, generation, _by(reason, author))
+        return await self._settle_chosen("skip", which, limit, _by(reason, author), rate, progress)
 
     async def edit(
         self,
@@ -326,47 +367,125 @@ class Operator:
 
         await self._changing(change)
 
+    async def canary(
+        self,
+        subscription: str,
+        *,
+        reason: str,
+        fingerprint: str | None = None,
+        error_type: str | None = None,
+        rate: float | None = None,
+        patience: float = 60.0,
+        author: str | None = None,
+    ) -> AsyncIterator[CanaryStep]:
+        """Deliver dead letters again, the oldest first: 1, then 10, then 100, then 1,000 at a time, as it goes well.
+
+        Each step waits for what becomes of it. Where one of its deliveries fails, or nothing has happened to any for
+        `patience` seconds, that was the last step; the others are dead letters still. `rate` is how many are delivered
+        again a second, at most.
+        """
+        by, which = _by(reason, author), _Which(subscription, error_type, fingerprint)
+        size, total, after = 1, 0, 0
+        while True:
+            async with self._reading() as connection:
+                columns = (exception.c.id, exception.c.fingerprint)
+                chosen = (await connection.execute(self._dead(_lanes(*columns), which, size + 1, after))).all()
+            more, chosen = len(chosen) > size, chosen[:size]
+            if not chosen:
+                return
+            await self._settle_rows("retry", chosen, by, rate, None)
+            after, total, size = chosen[-1].id, total + len(chosen), min(size * 10, CANARY_AT_ONCE)
+            found = await self._outcomes([row.id for row in chosen], patience)
+            failure = await self._failed_of([row.id for row in chosen]) if found.failed else None
+            step = CanaryStep(
+                retried=len(chosen),
+                total=total,
+                outcomes=found,
+                going_on=more and not found.failed and not found.open,
+                failure=failure,
+                returned=failure is not None and failure.fingerprint in {row.fingerprint for row in chosen},
+            )
+            yield step
+            if not step.going_on:
+                return
+
+    async def _outcomes(self, ids: Sequence[int], patience: float) -> Outcomes:
+        """What became of retried ones, once none is open, or one has failed, or nothing has moved for a while."""
+        before, moved = Outcomes(open=len(ids)), time.monotonic()
+        while True:
+            async with self._reading() as connection:
+                found = await outcomes(connection, ids)
+            if found.failed or not found.open:
+                return found
+            if found != before:
+                before, moved = found, time.monotonic()
+            elif time.monotonic() > moved + patience:
+                return found
+            await asyncio.sleep(LOOK)
+
+    async def _failed_of(self, ids: Sequence[int]) -> DeadLetter | None:
+        async with self._reading() as connection:
+            row = (
+                await connection.execute(
+                    select(exception)
+                    .where(exception.c.id.in_(ids), exception.c.state.in_(FAILED), exception.c.attempts > 0)
+                    .order_by(exception.c.updated_at)
+                    .limit(1)
+                )
+            ).first()
+        return None if row is None else _letter(row)
+
+    async def _settle_one(self, what: str, which: _Which, event_id: UUID, generation: int, by: tuple[str, str]) -> int:
+        subscription = which.subscription
+        if subscription is None or which.error_type is not None or which.fingerprint is not None:
+            raise ActionRefused(f"{what} of one event takes its subscription and its id, and nothing else")
+
+        async def change_one(connection: AsyncConnection) -> int:
+            row = await self._locked_one(connection, subscription, event_id, generation)
+            self._check_state(what, row, RETRIABLE if what == "retry" else SKIPPABLE)
+            return await self._apply(connection, what, [row], by)
+
+        return await self._changing(change_one)
+
     async def _settle_chosen(
         self,
         what: str,
-        subscription: str | None,
-        event_id: UUID | None,
-        generation: int,
-        error_type: str | None,
+        which: _Which,
         limit: int,
         by: tuple[str, str],
+        rate: float | None,
+        progress: Callable[[int], None] | None,
     ) -> int:
-        if event_id is not None:
-            if subscription is None or error_type is not None:
-                raise ActionRefused(f"{what} of one event takes its subscription and its id, and nothing else")
-            name, one = subscription, event_id
-
-            async def change_one(connection: AsyncConnection) -> int:
-                row = await self._locked_one(connection, name, one, generation)
-                self._check_state(what, row, RETRIABLE if what == "retry" else SKIPPABLE)
-                return await self._apply(connection, what, [row], by)
-
-            return await self._changing(change_one)
-        if subscription is None and error_type is None:
-            raise ActionRefused(f"{what} of many takes a subscription or the type of an error: say which dead letters")
-        changed = 0
+        if which == _Which(None, None, None):
+            raise ActionRefused(
+                f"{what} of many takes a subscription, a fingerprint or the type of an error: say which dead letters"
+            )
         async with self._reading() as connection:
-            chosen = (
-                await connection.execute(
-                    self._dead(
-                        select(exception.c.id, exception.c.subscription, exception.c.generation, exception.c.lane),
-                        subscription,
-                        error_type,
-                        limit,
-                    )
-                )
-            ).all()
+            chosen = (await connection.execute(self._dead(_lanes(exception.c.id), which, limit))).all()
+        return await self._settle_rows(what, chosen, by, rate, progress)
+
+    async def _settle_rows(
+        self,
+        what: str,
+        chosen: Sequence[Any],
+        by: tuple[str, str],
+        rate: float | None,
+        progress: Callable[[int], None] | None,
+    ) -> int:
+        if rate is not None and not 0 < rate < float("inf"):
+            raise ActionRefused(f"{what} at {rate} a second would never end: say more than 0, or None")
+        at_once = CHUNK if rate is None else max(1, min(CHUNK, int(rate)))
+        changed, began = 0, time.monotonic()
         by_lane: dict[LaneKey, list[int]] = {}
         for row in chosen:
             by_lane.setdefault(_lane(row), []).append(row.id)
         for lane, ids in by_lane.items():  # one lane at a time: a worker may lock several, in an order of its own
-            for start in range(0, len(ids), CHUNK):
-                changed += await self._settle_some(what, lane, ids[start : start + CHUNK], by)
+            for start in range(0, len(ids), at_once):
+                if rate is not None and (early := began + changed / rate - time.monotonic()) > 0:
+                    await asyncio.sleep(early)
+                changed += await self._settle_some(what, lane, ids[start : start + at_once], by)
+                if progress is not None:
+                    progress(changed)
         return changed
 
     async def _settle_some(self, what: str, lane: LaneKey, ids: Sequence[int], by: tuple[str, str]) -> int:
@@ -871,16 +990,19 @@ class Operator:
             "succeeded, or was not begun, or one of the names is wrong"
         )
 
-    def _dead(self, query: Any, subscription: str | None, error_type: str | None, limit: int) -> Any:
+    def _dead(self, query: Any, which: _Which, limit: int, after: int = 0) -> Any:
         if limit < 1:
             raise ActionRefused(f"limit={limit}: it is 1 or more")
         # in the query's text, so that the index of dead letters is seen to fit
-        query = query.where(exception.c.state == literal_column(f"'{DEAD}'")).order_by(exception.c.id).limit(limit)
-        if subscription is not None:
-            query = query.where(exception.c.subscription == subscription)
-        if error_type is not None:
-            query = query.where(exception.c.error_type == error_type)
-        return query
+        query = query.where(exception.c.state == literal_column(f"'{DEAD}'"), exception.c.id > after)
+        for column, value in (
+            (exception.c.subscription, which.subscription),
+            (exception.c.error_type, which.error_type),
+            (exception.c.fingerprint, which.fingerprint),
+        ):
+            if value is not None:
+                query = query.where(column == value)
+        return query.order_by(exception.c.id).limit(limit)
 
     async def _record(
         self,
@@ -922,6 +1044,19 @@ def _by(reason: str, author: str | None) -> tuple[str, str]:
         except (OSError, KeyError):  # a container's user may have no name
             author = f"uid {os.getuid()}"
     return without_nul(author), without_nul(reason.strip())
+
+
+class _Which(NamedTuple):
+    """Dead letters of all these; None: whatever it is."""
+
+    subscription: str | None
+    error_type: str | None
+    fingerprint: str | None
+
+
+def _lanes(*columns: Any) -> Any:
+    """A query for these columns of exceptions, and for their lanes."""
+    return select(*columns, exception.c.subscription, exception.c.generation, exception.c.lane)
 
 
 def _lane(row: Any) -> LaneKey:

@@ -587,9 +587,9 @@ class Store(abc.ABC):
             "error_type": without_nul(failure.error_type),
             "error_message": without_nul(failure.error_message),
             "traceback": without_nul(failure.traceback),
-            "fingerprint": None
-            if failure.error_type is None
-            else fingerprint_of(failure.error_type, failure.error_message, failure.traceback),
+            "fingerprint": fingerprint_of(failure.error_type or "", failure.error_message, failure.traceback)
+            if failure.error_type is not None or failure.state == DEAD
+            else None,
             "updated_at": self.later(0),
         }
 
