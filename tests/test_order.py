@@ -6,7 +6,9 @@ import asyncio
 import random
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import event as sqlalchemy_events
 from sqlalchemy import select, text, update
@@ -15,8 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.notebook import until
 from whereupon import Discard, DomainEvent, EventBus, EventContext, Retry
 from whereupon.errors import SubscriptionError
-from whereupon.lane import Delivery, Lane
+from whereupon.lane import Delivery, Lane, Logged
 from whereupon.schema import log
+from whereupon.store import Page
 
 pytestmark = pytest.mark.integration
 
@@ -411,6 +414,42 @@ async def test_nothing_passes_an_event_whose_key_cannot_be_told_before_somebody_
     expected = {book: [number for number in range(20) if number != 10] for book in "bc"}
     expected["a"] = [number for number in range(21) if repaired or number != 10]
     assert heard == expected
+
+
+async def test_where_one_lane_meets_such_an_event_alone_the_others_have_not_read_as_far(
+    buses: tuple[EventBus, EventBus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+    bus, _ = buses
+
+    @bus.subscribe(PageTurned, name="reader", ordered_by="book", lanes=3)
+    async def reader(event: PageTurned) -> None:
+        heard.append(event.number)
+
+    async with bus:
+        worker = bus._worker
+        assert worker is not None
+        share = worker.shares["reader"]
+        await until(lambda: len(share.lanes) == 3 and all(lane.attached for lane in share.lanes.values()))
+        look, may_read = worker.store.read, asyncio.Event()
+
+        async def read_later(*arguments: Any, **options: Any) -> Page:
+            await may_read.wait()
+            return await look(*arguments, **options)
+
+        monkeypatch.setattr(worker.store, "read", read_later)
+        alone = share.lanes[0]
+        alone.attached = False
+        events = await turn(bus, *((f"book {number}", number) for number in range(20)))
+        page = await look(alone.read_place, None, 500)
+        spoilt = msgspec.structs.replace(page.rows[-1], payload=b"{", keys=None)
+        worker._offer_mine(alone, [Logged(row, page.window) for row in (*page.rows[:-1], spoilt)])
+        await asyncio.wait_for(halted(bus), 20)
+        may_read.set()
+        await bus.operator.resume("reader", "looked at")
+        await bus.wait_settled(events, 20)
+        await bus.drain(20)
+    assert sorted(heard) == list(range(20))
 
 
 @pytest.mark.parametrize(
