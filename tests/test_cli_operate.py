@@ -211,6 +211,8 @@ async def test_what_is_asked_wrongly_is_refused_with_the_way_out(dock: Path) -> 
     why = ("--reason", "storm", "--yes")
     assert "there is crates" in refused(await command(dock, "handlers", "pause", "crate", "dock:bus", *why), 2)
     assert "say which: --subscription" in refused(await command(dock, "dead", "skip", "dock:bus", *why), 2)
+    canary = await command(dock, "dead", "retry", "dock:bus", "--canary", "--error-type", "ValueError", *why)
+    assert "--canary takes --subscription" in refused(canary, 2)
     empty = await command(dock, "handlers", "pause", "crates", "dock:bus", "--reason", " ", "--yes")
     assert empty.returncode == 1
     assert "say why" in empty.stderr
@@ -251,3 +253,73 @@ async def test_a_range_is_replayed_and_a_definition_adopted_with_a_reason(bus: E
     assert [(action.action, action.reason) for action in await bus.operator.actions("crates")] == [
         ("replay", "water in the hold")
     ]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_dead_letters_are_grouped_by_cause_and_tried_by_a_canary_that_says_why_it_stopped(
+    bus: EventBus, dock: Path
+) -> None:
+    events = await load(bus, *((f"ship {number}", number, True) for number in range(14)))
+    await reaches(bus, events, ["dead"] * 14)
+    [group] = await answered(dock, "dead", "groups", "dock:bus")
+    assert (group["subscription"], group["number"], group["error_type"]) == ("crates", 14, "ValueError")
+    told = (await command(dock, "dead", "groups", "dock:bus")).stdout
+    assert f"{group['fingerprint']}  crates  14  ValueError: crate" in told
+    cause = ("--subscription", "crates", "--fingerprint", group["fingerprint"], "--reason", "caulked")
+    stopped = await command(dock, "dead", "retry", "dock:bus", "--canary", *cause, "--yes")
+    assert stopped.returncode == 1
+    assert "retried 1: 1 failed. Stopped, the failure is back: ValueError: crate" in stopped.stderr
+    assert "1 dead letters are delivered again, and the others left as they are." in stopped.stdout
+    async with bus.engine.begin() as connection:
+        for table in ("whereupon_exception", "whereupon_log"):
+            await connection.execute(text(f"UPDATE {table} SET payload = :sound"), {"sound": sound(events[0])})
+    steps = (await answered(dock, "dead", "retry", "dock:bus", "--canary", *cause, "--yes"))["steps"]
+    assert [(step["retried"], step["outcomes"]["succeeded"]) for step in steps] == [(1, 1), (10, 10), (3, 3)]
+    assert await answered(dock, "dead", "groups", "dock:bus") == []
+
+
+def sound(event: CrateLoaded) -> bytes:
+    """An event that does not leak, as it is stored."""
+    fields = {"event_id": str(event.event_id), "occurred_at": event.occurred_at.isoformat(), "ship": "any", "number": 1}
+    return json.dumps(fields).encode()
+
+
+async def test_a_subscription_from_now_gets_the_past_once(database_url: str, dock: Path, bus: EventBus) -> None:
+    await load(bus, ("Anna", 1, False), ("Anna", 2, False))
+    heard: list[int] = []
+    late = EventBus(database_url, poll_interval=0.05)
+
+    @late.subscribe(CrateLoaded, name="customs")
+    async def customs(event: CrateLoaded) -> None:
+        heard.append(event.number)
+
+    (dock / "late.py").write_text((dock / "dock.py").read_text().replace('name="crates"', 'name="customs"'))
+    async with late:
+        await load(late, ("Anna", 3, False))
+        await late.drain(20)
+        assert heard == [3]
+        backfill = ("handlers", "backfill", "customs", "late:bus", "--reason", "new rules", "--rate", "100", "--yes")
+        assert await answered(dock, *backfill) == {"subscription": "customs", "generation": 1}
+        async with asyncio.timeout(30):
+            while sorted(heard) != [1, 2, 3]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        again = await command(dock, *backfill)
+        assert again.returncode == 1
+        assert "customs was given the past at" in again.stderr
+        await late.drain(20)
+    assert sorted(heard) == [1, 2, 3]
+
+
+def test_completion_is_installed_for_the_shell_that_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("whereupon"), "--install-completion", "--shell", "bash"],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and "explain" in path.read_text()]
+    assert written, done.stdout
+    checked = subprocess.run(["bash", "-n", *written], check=False, capture_output=True)
+    assert checked.returncode == 0, checked.stderr

@@ -80,7 +80,7 @@ class Action:
     at: datetime
     author: str
     action: str
-    """pause, resume, retry, edit, skip, retire, lanes, adopt or replay."""
+    """pause, resume, retry, edit, skip, retire, lanes, adopt, replay or backfill."""
     subscription: str
     generation: int | None
     position: int | None
@@ -666,9 +666,35 @@ class Operator:
         new idempotency key and `EventContext.generation`. Events that were pruned are gone. Order by key holds within
         a generation, not between this one and others.
         """
-        by = _by(reason, author)
+        return await self._deliver_again("replay", subscription, _by(reason, author), since, until, rate)
+
+    async def backfill(
+        self,
+        subscription: str,
+        reason: str,
+        *,
+        since: datetime | None = None,
+        rate: float | None = None,
+        author: str | None = None,
+    ) -> int:
+        """Give a subscription that started from now what was published before; return the number of this generation.
+
+        A replay up to the time at which it was registered. What a transaction published that was open at that moment
+        comes twice, in this generation and in the first one, with two idempotency keys. Refused where it was done.
+        """
+        return await self._deliver_again("backfill", subscription, _by(reason, author), since, None, rate)
+
+    async def _deliver_again(
+        self,
+        what: str,
+        subscription: str,
+        by: tuple[str, str],
+        since: datetime | None,
+        until: datetime | None,
+        rate: float | None,
+    ) -> int:
         if rate is not None and not 0 < rate < float("inf"):
-            raise ActionRefused(f"a replay at {rate} deliveries a second would never end: say more than 0, or None")
+            raise ActionRefused(f"a {what} at {rate} deliveries a second would never end: say more than 0, or None")
         for name, moment in (("since", since), ("until", until)):
             if moment is not None and moment.tzinfo is None:
                 raise ActionRefused(f"{name}={moment} is in no time zone: write datetime(…, tzinfo=UTC)")
@@ -678,9 +704,12 @@ class Operator:
         async def change(connection: AsyncConnection) -> int:
             await self._store.exclusively(connection, "retention")  # what is to be read may not go meanwhile
             row = await self._locked_subscription(connection, subscription)
+            end = until if what == "replay" else row.created_at
+            if what == "backfill":
+                await self._check_not_filled(connection, subscription)
             heard = [log.c.type.in_(types)] if len(types) == len(declared.event_types) else []
             after = [log.c.recorded_at >= since] if since is not None else []
-            before = [log.c.recorded_at < until] if until is not None else []
+            before = [log.c.recorded_at < end] if end is not None else []
             first, last = (
                 await connection.execute(
                     select(func.min(log.c.position), func.max(log.c.position)).where(*heard, *after, *before)
@@ -704,13 +733,27 @@ class Operator:
                 "first": first,
                 "last": last,
                 "since": None if since is None else since.isoformat(),
-                "until": None if until is None else until.isoformat(),
+                "until": None if end is None else end.isoformat(),
                 "rate": rate,
             }
-            await self._record(connection, by, "replay", subscription, details=details)
+            await self._record(connection, by, what, subscription, details=details)
             return generation
 
         return await self._changing(change)
+
+    async def _check_not_filled(self, connection: AsyncConnection, subscription: str) -> None:
+        done = (
+            await connection.execute(
+                select(action_table.c.at, action_table.c.author)
+                .where(action_table.c.subscription == subscription, action_table.c.action == "backfill")
+                .limit(1)
+            )
+        ).first()
+        if done is not None:
+            raise ActionRefused(
+                f"{subscription} was given the past at {done.at:%Y-%m-%d %H:%M} UTC by {done.author}; replay delivers "
+                "a range again"
+            )
 
     def _declared(self, subscription: str) -> Subscription:
         if subscription not in self._subscriptions:

@@ -8,10 +8,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 from uuid import UUID
 
 import cyclopts
@@ -19,7 +20,7 @@ import msgspec
 from cyclopts import Parameter
 
 from whereupon import looking, schema
-from whereupon.action import DeadLetter, HandlerState
+from whereupon.action import CanaryStep, DeadLetter, HandlerState
 from whereupon.cluster import Rebase
 from whereupon.console import (
     EXIT_ERROR,
@@ -38,6 +39,7 @@ from whereupon.console import (
     err,
     load_bus,
     operate,
+    progress_of,
     say,
 )
 from whereupon.durable import EventBus
@@ -57,7 +59,7 @@ app = cyclopts.App(
 db = cyclopts.App(name="db", help="The tables that whereupon keeps in the application's database.")
 app.command(db)
 handlers = cyclopts.App(
-    name="handlers", help="Subscriptions: pause, resume, retire, adopt, replay, change their lanes."
+    name="handlers", help="Subscriptions: pause, resume, retire, adopt, replay, backfill, change their lanes."
 )
 app.command(handlers)
 dead = cyclopts.App(name="dead", help="Dead letters: deliveries that used up their attempts.")
@@ -66,6 +68,7 @@ app.command(dead)
 for command in (looking.explain, looking.doctor, looking.workflows, looking.audit):
     app.command(command)
 app.command(looking.events)
+app.register_install_completion_command()
 
 
 @app.command
@@ -259,6 +262,7 @@ Yes = Annotated[bool, Parameter(negative="", help="Do it without asking.")]
 Name = Annotated[str, Parameter(help="The subscription.")]
 Event = Annotated[UUID, Parameter(help="The event's id.")]
 Only = Annotated[str | None, Parameter(help="Of this subscription.")]
+Fingerprint = Annotated[str | None, Parameter(help="Of this cause, as `dead groups` names it.")]
 ErrorType = Annotated[str | None, Parameter(help="That died of this error, as `ValueError`.")]
 
 
@@ -449,21 +453,54 @@ def replay(
 ) -> int:
     """Deliver a range of the log to a subscription again, beside what is new. Times without a zone are UTC."""
 
-    def aware(moment: datetime | None) -> datetime | None:
-        return moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-
     async def work(bus: EventBus) -> int:
         one = await _handler(bus, name)
         span = f"from {since or 'the beginning'} to {until or 'now'}"
         if not _confirm(f"deliver {span} to {_plan_for(one)} again, each event with a new idempotency key", yes):
             return EXIT_ERROR
         generation = await bus.operator.replay(
-            name, reason, since=aware(since), until=aware(until), rate=rate, author=author
+            name, reason, since=_aware(since), until=_aware(until), rate=rate, author=author
         )
         text = f"{name} is delivered {span} again, as generation {generation}."
         return _done(text, as_json, subscription=name, generation=generation)
 
     return operate(target, None, work)
+
+
+@handlers.command
+def backfill(
+    name: Name,
+    target: Target,
+    /,
+    *,
+    reason: Reason,
+    since: Annotated[
+        datetime | None, Parameter(help="From what was recorded then or later; else the beginning.")
+    ] = None,
+    rate: Annotated[float | None, Parameter(help="Deliveries a second, at most.")] = None,
+    author: Author = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Give a subscription that started from now what was published before it was there.
+
+    Beside what is new, and once: replay delivers a range again. Times without a zone are UTC.
+    """
+
+    async def work(bus: EventBus) -> int:
+        one = await _handler(bus, name)
+        span = f"from {since or 'the beginning'} to {one.created_at:%Y-%m-%d %H:%M:%S} UTC, when it was registered,"
+        if not _confirm(f"deliver what is {span} to {_plan_for(one)}", yes):
+            return EXIT_ERROR
+        generation = await bus.operator.backfill(name, reason, since=_aware(since), rate=rate, author=author)
+        text = f"{name} gets what is {span} as generation {generation}."
+        return _done(text, as_json, subscription=name, generation=generation)
+
+    return operate(target, None, work)
+
+
+def _aware(moment: datetime | None) -> datetime | None:
+    return moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 @handlers.command
@@ -504,13 +541,18 @@ def list_dead(
     url: Url = None,
     subscription: Only = None,
     error_type: ErrorType = None,
+    fingerprint: Fingerprint = None,
     after: Annotated[int, Parameter(help="Go on after this id, the last that was listed.")] = 0,
     limit: Annotated[int, Parameter(help="So many at most.")] = 100,
     as_json: Json = False,
 ) -> int:
     """List dead letters, oldest first."""
     found = operate(
-        target, url, lambda bus: bus.operator.dead(subscription, error_type=error_type, after=after, limit=limit)
+        target,
+        url,
+        lambda bus: bus.operator.dead(
+            subscription, error_type=error_type, fingerprint=fingerprint, after=after, limit=limit
+        ),
     )
     if as_json:
         answer_json([_shown_letter(letter) for letter in found])
@@ -521,6 +563,35 @@ def list_dead(
         answer("no dead letters.")
     elif len(found) == limit:
         answer(f"there may be more: --after {found[-1].id}")
+    return 0
+
+
+@dead.command
+def groups(
+    target: Where = None,
+    /,
+    *,
+    url: Url = None,
+    subscription: Only = None,
+    limit: Annotated[int, Parameter(help="So many causes at most.")] = 100,
+    as_json: Json = False,
+) -> int:
+    """Say what dead letters died of, and how many of each cause there are."""
+    found = operate(target, url, lambda bus: bus.operator.groups(subscription, limit=limit))
+    if as_json:
+        answer_json(found)
+        return 0
+    for group in found:
+        error = (group.error_message or "").partition("\n")[0]
+        answer(
+            f"{group.fingerprint}  {group.subscription}  {group.number}{' and more' if group.more else ''}  "
+            f"{group.error_type}: {error}"
+        )
+        answer(f"  from {group.oldest:%Y-%m-%d %H:%M:%S} to {group.newest:%Y-%m-%d %H:%M:%S} UTC")
+    if not found:
+        answer("no dead letters.")
+    elif len(found) == limit:
+        answer("there may be more: --limit")
     return 0
 
 
@@ -555,6 +626,7 @@ def show(subscription: Name, event: Event, target: Where = None, /, *, url: Url 
 
 Chosen = Annotated[UUID | None, Parameter(name="--event", help="This event only; takes --subscription as well.")]
 Limit = Annotated[int, Parameter(help="So many at most, the oldest first.")]
+Rate = Annotated[float | None, Parameter(help="So many a second, at most.")]
 
 
 @dead.command
@@ -566,14 +638,22 @@ def retry(
     subscription: Only = None,
     event: Chosen = None,
     error_type: ErrorType = None,
+    fingerprint: Fingerprint = None,
     limit: Limit = 1000,
+    rate: Rate = None,
+    canary: Annotated[
+        bool, Parameter(negative="", help="1 first, then 10, 100, all: as long as none fails. Takes --subscription.")
+    ] = False,
     author: Author = None,
     url: Url = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> int:
     """Deliver dead letters again, with all their attempts."""
-    return _settle("retry", target, url, subscription, event, error_type, limit, reason, author, yes, as_json)
+    which = _Which(subscription, event, error_type, fingerprint)
+    if canary:
+        return _canary(target, url, which, rate, reason, author, yes, as_json)
+    return _settle("retry", target, url, which, limit, rate, reason, author, yes, as_json)
 
 
 @dead.command
@@ -585,52 +665,140 @@ def skip(
     subscription: Only = None,
     event: Chosen = None,
     error_type: ErrorType = None,
+    fingerprint: Fingerprint = None,
     limit: Limit = 1000,
+    rate: Rate = None,
     author: Author = None,
     url: Url = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> int:
     """Settle dead letters without a delivery; what waits behind them goes on."""
-    return _settle("skip", target, url, subscription, event, error_type, limit, reason, author, yes, as_json)
+    which = _Which(subscription, event, error_type, fingerprint)
+    return _settle("skip", target, url, which, limit, rate, reason, author, yes, as_json)
+
+
+class _Which(NamedTuple):
+    """The dead letters that were named."""
+
+    subscription: str | None
+    event: UUID | None
+    error_type: str | None
+    fingerprint: str | None
+
+    async def find(self, bus: EventBus, limit: int) -> list[DeadLetter]:
+        if self.event is not None:
+            return [await bus.operator.delivery(str(self.subscription), self.event)]
+        return await bus.operator.dead(
+            self.subscription, error_type=self.error_type, fingerprint=self.fingerprint, limit=limit
+        )
 
 
 def _settle(
     what: str,
     target: str | None,
     url: str | None,
-    subscription: str | None,
-    event: UUID | None,
-    error_type: str | None,
+    which: _Which,
     limit: int,
+    rate: float | None,
     reason: str,
     author: str | None,
     yes: bool,
     as_json: bool,
 ) -> int:
-    if subscription is None and (event is not None or error_type is None):
-        raise Refused("say which: --subscription NAME, with --event ID for one; or --error-type NAME")
-    if event is not None and error_type is not None:
-        raise Refused("--event names one dead letter: leave --error-type out")
+    causes = (which.error_type, which.fingerprint)
+    if which.subscription is None and (which.event is not None or causes == (None, None)):
+        raise Refused("say which: --subscription NAME, with --event ID for one; or --fingerprint or --error-type NAME")
+    if which.event is not None and causes != (None, None):
+        raise Refused("--event names one dead letter: leave --error-type and --fingerprint out")
 
     async def work(bus: EventBus) -> int:
-        if event is not None:
-            found = [await bus.operator.delivery(str(subscription), event)]
-        else:
-            found = await bus.operator.dead(subscription, error_type=error_type, limit=limit)
+        found = await which.find(bus, limit)
         if not found:
             return _done("no dead letters.", as_json, changed=0)
-        lines = [f"{what} {len(found)} of these:", *(_line(letter) for letter in found[:SHOWN])]
-        if len(found) > SHOWN:
-            lines.append(f"and {len(found) - SHOWN} more")
-        if not _confirm("\n".join(lines), yes):
+        if not _confirm("\n".join(_plan(f"{what} {len(found)} of these:", found, rate)), yes):
             return EXIT_ERROR
         act = bus.operator.retry if what == "retry" else bus.operator.skip
-        changed = await act(subscription, event, reason=reason, author=author, error_type=error_type, limit=len(found))
+        with progress_of(len(found), what) as progress:
+            changed = await act(
+                which.subscription,
+                which.event,
+                reason=reason,
+                author=author,
+                error_type=which.error_type,
+                fingerprint=which.fingerprint,
+                limit=len(found),
+                rate=rate,
+                progress=progress,
+            )
         told = "delivered again" if what == "retry" else "skipped"
         return _done(f"{changed} dead letters are {told}.", as_json, changed=changed)
 
     return operate(target, url, work)
+
+
+def _plan(head: str, found: Sequence[DeadLetter], rate: float | None) -> Iterator[str]:
+    yield head
+    yield from map(_line, found[:SHOWN])
+    if len(found) > SHOWN:
+        yield f"and {len(found) - SHOWN} more"
+    if rate is not None:
+        yield f"at {rate:g} a second"
+
+
+def _canary(
+    target: str | None,
+    url: str | None,
+    which: _Which,
+    rate: float | None,
+    reason: str,
+    author: str | None,
+    yes: bool,
+    as_json: bool,
+) -> int:
+    subscription = which.subscription
+    if subscription is None or which.event is not None:
+        raise Refused("--canary takes --subscription NAME, and --fingerprint or --error-type where it is of one cause")
+
+    async def work(bus: EventBus) -> int:
+        found = await which.find(bus, SHOWN + 1)
+        if not found:
+            return _done("no dead letters.", as_json, steps=[])
+        more = " and more" if len(found) > SHOWN else ""
+        head = "retry the first of these, then 10, then 100, then all, as long as none fails:"
+        plan = [*_plan(head, found[:SHOWN], rate), *([more.strip()] if more else [])]
+        if not _confirm("\n".join(plan), yes):
+            return EXIT_ERROR
+        steps: list[CanaryStep] = []
+        async for step in bus.operator.canary(
+            subscription,
+            reason=reason,
+            fingerprint=which.fingerprint,
+            error_type=which.error_type,
+            rate=rate,
+            author=author,
+        ):
+            steps.append(step)
+            say(_step_told(step))
+        well = not steps or not (steps[-1].outcomes.failed or steps[-1].outcomes.open)
+        total = steps[-1].total if steps else 0
+        told = f"{total} dead letters are delivered again" + ("." if well else ", and the others left as they are.")
+        _done(told, as_json, steps=steps)
+        return 0 if well else EXIT_ERROR
+
+    return operate(target, url, work)
+
+
+def _step_told(step: CanaryStep) -> str:
+    parts = [f"{number} {name}" for name, number in asdict(step.outcomes).items() if number]
+    told = f"retried {step.retried}: {', '.join(parts)}"
+    if step.failure is not None:
+        again = "the failure is back" if step.returned else "another failure"
+        error = (step.failure.error_message or "").partition("\n")[0]
+        return f"{told}. Stopped, {again}: {step.failure.error_type}: {error}"
+    if step.outcomes.open:
+        return f"{told}. Stopped: nobody delivers them. Does a worker run?"
+    return told
 
 
 @dead.command

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from cyclopts import Parameter
 from rich.console import Console
+from rich.progress import Progress
 
 from whereupon.durable import EventBus
 
@@ -127,6 +129,14 @@ def operate(target: str | None, url: str | None, work: Callable[[EventBus], Coro
             await dispose(bus)
 
     return asyncio.run(run())
+
+
+@contextmanager
+def progress_of(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for work that takes a while; the function that it yields is told how much of it is done."""
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def answer_json(value: Any) -> None:
