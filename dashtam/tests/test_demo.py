@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+import dashtam.demo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -154,3 +157,12 @@ def test_a_database_that_will_not_do_is_one_clear_line(url: str, telling: str, t
     assert process.returncode == 1, output
     assert telling in output
     assert "Traceback" not in output
+
+
+async def test_the_bank_opens_elsewhere_where_somebody_took_its_port_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(dashtam.demo, "bound", lambda _: taken.dup())
+        async with dashtam.demo._bank("http://127.0.0.1:8000/connect/callback") as address:
+            assert not address.endswith(f":{taken.getsockname()[1]}")
+            async with httpx.AsyncClient(base_url=address) as client:
+                assert (await client.get("/")).status_code < 500

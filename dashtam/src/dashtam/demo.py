@@ -30,7 +30,7 @@ from dashtam.infrastructure.logs import forward_standard_logging, make_logger
 from dashtam.infrastructure.secret_keys import SecretKeyError, make_key
 from dashtam.serving import HOST, bound, serving
 from dashtam.simulation import simulate
-from dashtam.visitor import PATIENCE, Visitor, WentWrong
+from dashtam.visitor import LIMITS, PATIENCE, Visitor, WentWrong
 from whereupon import Delivery, DeliveryState, DomainEvent, EventContext, WhereuponError
 
 FOLDER: Final = Path(".demo")
@@ -147,8 +147,8 @@ async def _demo(console: Console, chosen: argparse.Namespace) -> int:
                 inbox.listening(smtp_door),
                 serving(inbox.app, 8025) as inbox_url,
                 serving(api_of(application), door=door),
-                httpx.AsyncClient(base_url=public_url, timeout=PATIENCE) as api,
-                httpx.AsyncClient(base_url=bank_url, timeout=PATIENCE) as bank,
+                httpx.AsyncClient(base_url=public_url, timeout=PATIENCE, limits=LIMITS) as api,
+                httpx.AsyncClient(base_url=bank_url, timeout=PATIENCE, limits=LIMITS) as bank,
             ):
                 addresses = {
                     "Dashtam": f"{public_url}/",
@@ -181,24 +181,30 @@ async def _demo(console: Console, chosen: argparse.Namespace) -> int:
 @asynccontextmanager
 async def _bank(callback: str) -> AsyncIterator[str]:
     """The sandbox bank, as the process of its own that it is; gives its address."""
-    door = bound(8100)
-    port = door.getsockname()[1]
-    door.close()
+    with bound(8100) as door:
+        free = door.getsockname()[1]
+    process, address = await _start_bank(free, callback)
+    if address is None:  # somebody else has taken the port meanwhile
+        process, address = await _start_bank(0, callback)
+    if address is None:
+        raise OSError(f"the sandbox bank did not start: it ended with {await process.wait()}")
+    try:
+        yield address
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+async def _start_bank(port: int, callback: str) -> tuple[asyncio.subprocess.Process, str | None]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "dashtam_sandbox_bank", "--port", str(port), "--redirect-uri", callback),
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is for the demo, which ends the bank last
     )
     assert process.stdout is not None
-    try:
-        said = (await asyncio.wait_for(process.stdout.readline(), PATIENCE)).decode().split()
-        if not said:
-            raise OSError(f"the sandbox bank did not start on port {port}: it ended with {await process.wait()}")
-        yield said[-1]
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+    said = (await asyncio.wait_for(process.stdout.readline(), PATIENCE)).decode().split()
+    return process, said[-1] if said else None
 
 
 def _sandbox(bank_url: str) -> ProviderSettings:

@@ -14,6 +14,8 @@ from dashtam.inbox import Inbox, Received
 
 PATIENCE: Final = 60.0
 """Seconds until something that did not happen counts as gone wrong."""
+LIMITS: Final = httpx.Limits(max_connections=100, keepalive_expiry=2.0)
+"""Connections are given up well before servers do, after 5 seconds as a rule: else one closes just as it is used."""
 
 
 class WentWrong(Exception):
