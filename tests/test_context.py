@@ -18,7 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
 
-from whereupon import DomainEvent, EventContext, InMemoryEventBus, Metadata, PublishError, request_metadata
+from whereupon import (
+    BusStateError,
+    DomainEvent,
+    EventContext,
+    InMemoryEventBus,
+    Metadata,
+    PublishError,
+    acting_as,
+    request_metadata,
+)
 from whereupon.context import NO_METADATA, decode_metadata, encode_metadata, handling, metadata_for
 
 pytestmark = pytest.mark.unit
@@ -227,6 +236,56 @@ async def test_a_hundred_concurrent_requests_never_see_each_others_metadata() ->
             group.create_task(request(number))
     assert sorted(seen) == [(n, f"10.0.0.{n}", f"user {n}") for n in range(100)]
     assert metadata_for(None) == NO_METADATA
+
+
+# Who is acting
+
+
+def test_an_actor_that_turns_out_later_holds_to_the_end_of_the_block() -> None:
+    with request_metadata({"ip_address": "10.0.0.1"}):
+        with request_metadata({"tenant": "a"}):
+            acting_as(UUID(int=5))
+            assert metadata_for(None) == metadata_of(ip_address="10.0.0.1", tenant="a", actor=UUID(int=5))
+        assert metadata_for(None).actor is None
+        acting_as("somebody")
+        acting_as("somebody else")
+        assert metadata_for(None).actor == "somebody else"
+        assert metadata_for({"actor": "cron"}).actor == "cron"
+        acting_as(None)
+        assert metadata_for(None) == metadata_of(ip_address="10.0.0.1")
+    assert metadata_for(None) == NO_METADATA
+
+
+def test_an_actor_is_refused_where_there_is_no_request() -> None:
+    with pytest.raises(BusStateError, match=r"acting_as\('x'\) is for a request.*install\(app, bus\)"):
+        acting_as("x")
+
+
+async def test_a_handler_can_t_say_who_the_request_acts_as() -> None:
+    bus, refused = InMemoryEventBus(), list[Exception]()
+
+    @bus.subscribe(OrderCalledOff)
+    async def interfere(event: OrderCalledOff) -> None:
+        with request_metadata({}):
+            acting_as("the handler")
+            assert metadata_for(None).actor == "the handler"
+        try:
+            acting_as("the handler")
+        except BusStateError as error:
+            refused.append(error)
+
+    with request_metadata({"actor": "x"}):
+        await bus.publish(OrderCalledOff())
+        assert metadata_for(None).actor == "x"
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("value", [object(), b"x", 1.5, Metadata()])
+def test_an_actor_that_is_no_id_is_refused(value: Any) -> None:
+    with request_metadata({"actor": "x"}):
+        with pytest.raises(PublishError, match=f"an actor is a str, an int or a UUID, not {type(value).__name__}"):
+            acting_as(value)
+        assert metadata_for(None).actor == "x"
 
 
 # What a handler sees

@@ -19,7 +19,7 @@ PUBLIC = {
     # workflows
     "Attempt", "Workflow",
     # who and what caused an event
-    "Metadata", "current_metadata", "request_metadata",
+    "Metadata", "acting_as", "current_metadata", "request_metadata",
     # handlers of every event
     "AuditEventHandler", "LoggingEventHandler",
     # storing

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from whereupon.bus import EventBusProtocol, Receipt
 from whereupon.codec import Codec, JsonCodec
-from whereupon.context import EventContext, Metadata, current_metadata, request_metadata
+from whereupon.context import EventContext, Metadata, acting_as, current_metadata, request_metadata
 from whereupon.errors import (
     ActionRefused,
     BusStateError,
@@ -95,6 +95,7 @@ __all__ = [
     "WhereuponError",
     "Workflow",
     "WorkflowClosedError",
+    "acting_as",
     "current_metadata",
     "request_metadata",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from whereupon.errors import PublishError
+from whereupon.errors import BusStateError, PublishError
 from whereupon.event import FrozenDict
 
 _ids: Final = ("correlation_id", "causation_id")
@@ -70,10 +70,29 @@ def _uuid(key: str, value: Any) -> UUID:
 
 NO_METADATA: Final = Metadata()
 
-_request: ContextVar[tuple[Metadata, tuple[UUID, Metadata] | None] | None] = ContextVar(
-    "whereupon_request", default=None
-)
-"""The metadata of `request_metadata`, and which event was being handled when that block was entered."""
+
+class _Block:
+    """A block of `request_metadata`: one object for all threads and tasks in it, whose contexts are copies."""
+
+    __slots__ = ("ask_actor", "cause", "metadata")
+
+    def __init__(self, metadata: Metadata, cause: tuple[UUID, Metadata] | None, outer: _Block | None) -> None:
+        self.metadata = metadata
+        self.cause = cause
+        """The event that was being handled when the block was entered."""
+        self.ask_actor: Callable[[], object] | None = None
+        if outer is not None and outer.cause is cause:
+            self.metadata = _filled(metadata, outer.metadata)
+            self.ask_actor = outer.ask_actor
+
+    def now(self) -> Metadata:
+        if self.metadata.actor is None and self.ask_actor is not None:
+            actor = _actor(self.ask_actor())
+            return self.metadata if actor is None else dataclasses.replace(self.metadata, actor=actor)
+        return self.metadata
+
+
+_request: ContextVar[_Block | None] = ContextVar("whereupon_request", default=None)
 handling: ContextVar[tuple[UUID, Metadata] | None] = ContextVar("whereupon_handling", default=None)
 """The event whose handler runs now, and its metadata: what a handler publishes inherits from it."""
 
@@ -84,14 +103,49 @@ def request_metadata(metadata: Metadata | Mapping[str, Any]) -> Iterator[None]:
 
     A block within a block adds to it: the middleware sets the IP address, and the `actor` follows once it is known.
     """
-    given, cause, outer = Metadata.of(metadata), handling.get(), _request.get()
-    if outer is not None and outer[1] is cause:
-        given = _filled(given, outer[0])
-    token = _request.set((given, cause))
+    with request_block(metadata):
+        yield
+
+
+@contextlib.contextmanager
+def request_block(
+    metadata: Metadata | Mapping[str, Any], ask_actor: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """`request_metadata`, where `ask_actor` is asked whenever an event is published that has no actor yet."""
+    block = _Block(Metadata.of(metadata), handling.get(), _request.get())
+    if ask_actor is not None:
+        block.ask_actor = ask_actor
+    token = _request.set(block)
     try:
         yield
     finally:
         _request.reset(token)
+
+
+def acting_as(actor: str | int | UUID | None) -> None:
+    """Events published from here on in this request, or block of `request_metadata`, carry `actor`.
+
+    For where it turns out who is asking: a dependency (async or not), a middleware, the message of a WebSocket that
+    logs in. It holds in tasks and threads of the request, and in background tasks after it. None takes it back. Raises
+    `BusStateError` where no request is served.
+    """
+    block = _request.get()
+    if block is None or block.cause is not handling.get():
+        raise BusStateError(
+            f"acting_as({actor!r}) is for a request, and none is served here. In an application: install(app, bus) of "
+            "whereupon.fastapi, or whereupon.asgi.RequestContextMiddleware around whatever says who is asking. "
+            'Elsewhere: with request_metadata({"actor": …}):'
+        )
+    block.metadata = dataclasses.replace(block.metadata, actor=_actor(actor))
+
+
+def _actor(value: object) -> str | None:
+    if value is not None and not isinstance(value, (str, int, UUID)):  # whole users would end up in the audit trail
+        raise PublishError(
+            f"an actor is a str, an int or a UUID, not {type(value).__name__}: name the user by an id. What has to be "
+            "awaited is not for actor=: await it in a dependency, and call acting_as(…) there"
+        )
+    return None if value is None else str(value)
 
 
 def current_metadata() -> Metadata:
@@ -103,8 +157,8 @@ def metadata_for(explicit: Metadata | Mapping[str, Any] | None) -> Metadata:
     """The metadata of an event published now: what is given, filled up from the request's and the handled event's."""
     request, cause = _request.get(), handling.get()
     metadata = NO_METADATA if explicit is None else Metadata.of(explicit)
-    if request is not None and request[1] is cause:  # else it is the publisher's request, and in the event already
-        metadata = _filled(metadata, request[0])
+    if request is not None and request.cause is cause:  # else it is the publisher's request, and in the event already
+        metadata = _filled(metadata, request.now())
     if cause is None:
         return metadata
     event_id, inherited = cause
