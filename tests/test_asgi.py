@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whereupon import DomainEvent, EventContext, InMemoryEventBus, Metadata
+from whereupon import DomainEvent, EventContext, InMemoryEventBus, Metadata, request_metadata
 from whereupon.asgi import RequestContextMiddleware, Scope
 from whereupon.context import NO_METADATA, metadata_for
 
@@ -246,6 +246,21 @@ def test_no_header_breaks_a_request(headers: list[tuple[bytes, bytes]], peer: st
     for client in (("10.0.0.1", 1), None if peer is None else (peer, 1)):
         metadata = asyncio.run(served(*headers, client=client))
         assert len(metadata.user_agent or "") <= 512
+
+
+async def test_who_is_acting_is_asked_when_an_event_is_published() -> None:
+    found: list[str | None] = []
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        found.append(metadata_for(None).actor)
+        scope["user"] = "ada"
+        found.append(metadata_for(None).actor)
+        with request_metadata({"ip_address": "192.0.2.7"}):
+            found.append(metadata_for(None).actor)
+
+    middleware = RequestContextMiddleware(app, actor=lambda scope: scope.get("user"))
+    await middleware({"type": "http"}, receive, send)
+    assert found == [None, "ada", "ada"]
 
 
 async def test_a_scope_without_headers_or_client_is_served() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
-from whereupon.context import Metadata, request_metadata
+from whereupon.context import Metadata, request_block
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,11 +28,19 @@ class RequestContextMiddleware:
     X-Forwarded-For, as the last entry there that is no trusted proxy itself. The trace id comes from a valid W3C
     `traceparent`, the correlation id from X-Correlation-ID or X-Request-ID where that is a UUID.
 
-    Raises `ValueError` for a proxy that is no network.
+    `actor` is asked with the request's scope whenever an event is published, so it may look at what routes and
+    middlewares inside have left there; what `acting_as` said comes first. Raises `ValueError` for a proxy that is no
+    network.
     """
 
-    def __init__(self, app: Application, trusted_proxies: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: Application,
+        trusted_proxies: Iterable[str] = (),
+        actor: Callable[[Scope], str | int | UUID | None] | None = None,
+    ) -> None:
         self._app = app
+        self._actor = actor
         if isinstance(trusted_proxies, str):
             raise ValueError(f"trusted_proxies={trusted_proxies!r}: write trusted_proxies=({trusted_proxies!r},)")
         self._trusted = [_network(proxy) for proxy in trusted_proxies]
@@ -40,7 +49,7 @@ class RequestContextMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        with request_metadata(self._metadata(scope)):
+        with request_block(self._metadata(scope), None if self._actor is None else partial(self._actor, scope)):
             await self._app(scope, receive, send)
 
     def _metadata(self, scope: Scope) -> Metadata:
