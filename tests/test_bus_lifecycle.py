@@ -25,6 +25,7 @@ from whereupon import (
     Delivery,
     EventBus,
     HandlerSessionError,
+    InMemoryEventBus,
     SchemaError,
     UnsupportedDatabaseError,
 )
@@ -559,3 +560,17 @@ async def test_a_worker_goes_on_once_a_database_that_was_cut_off_answers_again(p
             await notes.bus.publish(NoteWritten(text="a"), session=session)
         await until(lambda: heard, 20)
     assert heard == ["a"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("deliver", [True, False])
+async def test_a_bus_says_whether_it_was_entered(sqlite_url: str, deliver: bool) -> None:
+    for bus in (EventBus(sqlite_url, deliver=deliver), InMemoryEventBus()):
+        assert not bus.is_running
+        async with bus:
+            assert bus.is_running
+        assert not bus.is_running
+    broken = EventBus("postgresql+asyncpg://nobody@127.0.0.1:1/none")
+    with pytest.raises(DatabaseUnavailableError):
+        await broken.start()
+    assert not broken.is_running

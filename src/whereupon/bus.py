@@ -70,6 +70,9 @@ class Receipt(Protocol):
 class EventBusProtocol(Protocol):
     """What an application needs of a bus; both buses are one."""
 
+    @property
+    def is_running(self) -> bool: ...
+
     @overload
     def subscribe(
         self,

@@ -220,6 +220,11 @@ class EventBus(Subscribing):
     def __repr__(self) -> str:
         return f"<EventBus {self._store.shown_url} with {len(self.subscriptions)} subscriptions>"
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was entered, and not left yet."""
+        return self._entered
+
     # --- publishing -------------------------------------------------------------------------------------------------
 
     async def publish(

@@ -81,7 +81,12 @@ class InMemoryEventBus(Subscribing):
         """How to call the handlers of an event without a session, where each takes the event alone."""
         self._due: list[list[_Staged]] = []
         """Committed, and to be delivered with the next turn of the loop."""
-        self._closed = False
+        self._entered = self._closed = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was entered, and not left yet; it publishes before, too, but then nobody waits for handlers."""
+        return self._entered
 
     def _subscribed(self, subscription: Subscription) -> None:
         self._calls.clear()
@@ -247,7 +252,7 @@ class InMemoryEventBus(Subscribing):
         return {seat.task for seat in self._runner.running if seat.task is not asking}
 
     async def __aenter__(self) -> Self:
-        self._closed = False
+        self._closed, self._entered = False, True
         return self
 
     async def __aexit__(
@@ -262,7 +267,7 @@ class InMemoryEventBus(Subscribing):
                 await asyncio.wait(abandoned, timeout=self._drain_timeout)
             self._runner.abandon(why)
         finally:
-            self._closed = True
+            self._closed, self._entered = True, False
             self._runner.close()
 
 
