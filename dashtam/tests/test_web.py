@@ -12,8 +12,11 @@ import httpx
 import pytest
 from banked import Banked, banked
 from served import PASSWORD, MailServer, Served, eventually, served
+from sqlalchemy import select
 
 from dashtam.bootstrap import api_of
+from dashtam.domain.audit import AuditAction
+from whereupon.audit import audit_log
 
 pytestmark = pytest.mark.integration
 
@@ -131,6 +134,20 @@ async def test_pages_for_anybody_have_headers_landmarks_and_labels(sqlite_url: s
     async with browsers(sqlite_url) as browser:
         for path in OUTSIDE:
             assert_is_page(await browser.get(path))
+
+
+async def test_what_somebody_does_is_audited_as_theirs_on_pages_and_over_the_api(sqlite_url: str) -> None:
+    async with browsers(sqlite_url) as browser:
+        eve = await browser.dashtam.sign_up("eve@example.com")
+        assert (await eve("DELETE", "/sessions/current")).status_code == 204
+        await browser.sign_up()
+        await browser.send("/home", "/logout")
+        async with browser.dashtam.application.database.get_session() as session:
+            trail = (await session.execute(select(audit_log.c.action, audit_log.c.actor, audit_log.c.user_id))).all()
+    logged_out = [row for row in trail if row.action == AuditAction.USER_LOGOUT]
+    assert [row.actor for row in logged_out] == [str(row.user_id) for row in logged_out]
+    assert len({row.actor for row in logged_out}) == 2
+    assert {row.actor for row in trail if row.action == AuditAction.USER_LOGIN_SUCCESS} == {None}
 
 
 async def test_every_other_page_sends_those_who_are_not_logged_in_to_the_login(sqlite_url: str) -> None:

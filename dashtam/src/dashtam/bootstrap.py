@@ -80,6 +80,7 @@ from dashtam.presentation.web.live import Live
 from dashtam.presentation.web.pages import Pages
 from dashtam.presentation.web.site import Site
 from whereupon import AuditEventHandler, Delivery, EventBus, LoggingEventHandler, Retry
+from whereupon.fastapi import install
 
 
 class Settings(BaseSettings):
@@ -361,13 +362,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def api_of(application: Application) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        async with application.running():
-            yield
-
     signed_in = signed_in_by(application.access_tokens.session_of, application.sessions.authenticate)
-    return create_api(
+    api = create_api(
         sign_up=application.sign_up,
         verify_email=application.verify_email,
         sessions=application.sessions,
@@ -381,9 +377,10 @@ def api_of(application: Application) -> FastAPI:
         site=_site(application),
         check_database=application.database.ping,
         logger=application.logger,
-        trusted_proxies=application.settings.trusted_proxies,
-        lifespan=lifespan,
+        lifespan=lambda _: application.running(),
     )
+    install(api, application.bus, trusted_proxies=application.settings.trusted_proxies)
+    return api
 
 
 def _connection_routers(parts: Connections, signed_in: SignedInDependency) -> list[APIRouter]:

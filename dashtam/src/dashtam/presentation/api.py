@@ -23,7 +23,6 @@ from dashtam.presentation.sessions import session_routes
 from dashtam.presentation.sign_up import SignUp
 from dashtam.presentation.users import user_routes
 from dashtam.presentation.web.site import Site
-from whereupon.asgi import RequestContextMiddleware
 
 LARGEST_BODY = 64 * 1024  # bytes
 
@@ -47,7 +46,6 @@ def create_api(
     site: Site,
     check_database: Callable[[], Awaitable[None]],
     logger: LoggerProtocol,
-    trusted_proxies: Sequence[str],
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
     """`check_database` raises where the database does not answer."""
@@ -82,5 +80,4 @@ def create_api(
 
     answer_with_problems(api, logger, missing_page=site.missing)
     api.add_middleware(BodyLimit, limit=LARGEST_BODY)
-    api.add_middleware(RequestContextMiddleware, trusted_proxies=tuple(trusted_proxies))
     return api

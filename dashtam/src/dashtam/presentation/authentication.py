@@ -1,6 +1,6 @@
 """Who is asking: the session that an access token names, looked up at every request."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
 from uuid import UUID
@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from dashtam.domain.result import Error
 from dashtam.domain.session import NotLoggedIn, Session
-from whereupon import request_metadata
+from whereupon import acting_as
 
 AUTHENTICATED = (401,)
 """The statuses that every route of somebody who is logged in may answer with."""
@@ -32,7 +32,7 @@ class SignedIn:
     is_admin: bool
 
 
-SignedInDependency = Callable[..., AsyncIterator[SignedIn]]
+SignedInDependency = Callable[..., Awaitable[SignedIn]]
 
 _bearer = HTTPBearer(auto_error=False, description="the access token that `POST /sessions` answers with")
 
@@ -44,12 +44,12 @@ def signed_in_by(
 
     async def signed_in(
         _request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-    ) -> AsyncIterator[SignedIn]:
+    ) -> SignedIn:
         if credentials is None:
             raise NotLoggedIn
         session = await authenticate(session_of(credentials.credentials))
-        with request_metadata({"actor": str(session.user_id)}):
-            yield SignedIn(user_id=session.user_id, session_id=session.id, is_admin=session.is_admin)
+        acting_as(session.user_id)
+        return SignedIn(user_id=session.user_id, session_id=session.id, is_admin=session.is_admin)
 
     return signed_in
 

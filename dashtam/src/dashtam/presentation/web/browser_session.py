@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from hmac import compare_digest, new
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from dashtam.application.sessions import Sessions
 from dashtam.domain.result import Error
 from dashtam.domain.session import NotLoggedIn, OpenedSession, Session
-from whereupon import request_metadata
+from whereupon import acting_as
 
 SESSION_COOKIE: Final = "dashtam_session"
 VISITOR_COOKIE: Final = "dashtam_visitor"
@@ -100,17 +100,18 @@ class BrowserSessions:
         self._keys = keys
         self._over_https = over_https
 
-    async def anybody(self, request: Request) -> AsyncIterator[Visit]:
+    async def anybody(self, request: Request) -> Visit:
         """A dependency: whoever it is, with the fields of a form that is theirs. Raises `FormRefused`."""
         visit = await self.visit(request)
-        with request_metadata({"actor": str(visit.session.user_id)} if visit.session is not None else {}):
-            yield await self._with_form(visit)
+        if visit.session is not None:
+            acting_as(visit.user_id)
+        return await self._with_form(visit)
 
-    async def logged_in(self, request: Request) -> AsyncIterator[Visit]:
+    async def logged_in(self, request: Request) -> Visit:
         """A dependency: as `anybody`, but raises `NotLoggedIn` first for those who are not."""
         visit = await self.visit(request)
-        with request_metadata({"actor": str(visit.user_id)}):
-            yield await self._with_form(visit)
+        acting_as(visit.user_id)
+        return await self._with_form(visit)
 
     def remember(self, opened: OpenedSession, response: Response) -> None:
         self._set(response, SESSION_COOKIE, opened.refresh_token, LIFETIME)
