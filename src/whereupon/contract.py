@@ -654,6 +654,22 @@ class StoreContract:
         assert (await take_over(store)).exceptions == set()
         assert len(await exceptions(store)) == 3
 
+    @pytest.mark.parametrize("state", [RETRYING, WAITING, RUNNING])
+    async def test_the_next_owner_is_told_of_exceptions_that_an_earlier_one_left(
+        self, store: Store, state: str
+    ) -> None:
+        cursor, [row] = await failing(store)
+        page = await store.read(cursor.place, None, 10)
+        await keep(store, cursor, Failure(row, state, 1, None if state == RUNNING else 60.0))
+        assert (await take_over(store)).left
+        cursor = await take_over(store)
+        await settle(store, cursor, page.after)
+        assert (await take_over(store)).left, "though the cursor is past it"
+        cursor = await take_over(store)
+        async with store.writing() as connection:
+            await store.forget(connection, cursor, [row.position])
+        assert not (await take_over(store)).left, "nobody needs to look"
+
     async def test_of_each_key_the_first_that_was_parked_follows_once_nothing_before_it_is_open(
         self, store: Store
     ) -> None:

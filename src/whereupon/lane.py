@@ -359,7 +359,7 @@ class Lane:
         self.blocked = cursor.blocked
         self.blocking: dict[str, int] = {}
         """As `blocked`, of what has ended and is not committed yet."""
-        self.due = True  # an earlier owner may have left exceptions running
+        self.due = cursor.left
         self.followers: list[Due] = []
         """Parked deliveries recorded as begun, to begin with the worker's next turn."""
         self.set_aside: set[int] = set()

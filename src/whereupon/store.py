@@ -173,6 +173,8 @@ class Cursor:
     """How many exceptions each key has that make later deliveries of it wait."""
     row: str | None = None
     """Where the store last found the cursor's row, as a hint of its own."""
+    left: bool = True
+    """Whether earlier owners may have left exceptions that wait for their time, or were running."""
 
     @property
     def subscription(self) -> str:
@@ -801,6 +803,22 @@ class Store(abc.ABC):
         for *lane, position in await self._exceptions_beyond(connection, names):
             if (cursor := by_key.get(LaneKey(*lane))) is not None:
                 cursor.exceptions.add(position)
+        left = await connection.execute(
+            select(cursor_table.c.subscription, cursor_table.c.generation, cursor_table.c.lane).where(
+                cursor_table.c.subscription.in_(names),
+                select(exception.c.id)
+                .where(
+                    exception.c.subscription == cursor_table.c.subscription,
+                    exception.c.generation == cursor_table.c.generation,
+                    exception.c.lane == cursor_table.c.lane,
+                    exception.c.state.in_([RETRYING, WAITING, RUNNING]),
+                )
+                .exists(),
+            )
+        )
+        lanes_left = {LaneKey(*lane) for lane in left}
+        for cursor in cursors:
+            cursor.left = cursor.key in lanes_left
 
     @abc.abstractmethod
     async def _exceptions_beyond(self, connection: AsyncConnection, names: Sequence[str]) -> list[tuple[Any, ...]]:
