@@ -442,8 +442,19 @@ class Store(abc.ABC):
                     await self.exclusively(connection, "registering")
                     if any(subscription.start != "now" for subscription in changed):
                         await self.exclusively(connection, "retention")  # what is to be read may not go meanwhile
+                    found = await connection.execute(
+                        select(subscription_table)
+                        .where(subscription_table.c.name.in_([subscription.name for subscription in changed]))
+                        .order_by(subscription_table.c.name)
+                        .with_for_update()
+                    )
+                    there = {row.name: row for row in found}
+                    await self._make(
+                        connection, [subscription for subscription in changed if subscription.name not in there]
+                    )
                     for subscription in changed:
-                        await self._register(connection, subscription, adopt)
+                        if (row := there.get(subscription.name)) is not None:
+                            await self._redefine(connection, subscription, row, adopt)
                 known = await self._known([subscription.name for subscription in wanted])
         return {name: row.lanes for name, row in known.items()}
 
@@ -456,28 +467,26 @@ class Store(abc.ABC):
             )
             return {row.name: row for row in rows}
 
-    async def _register(self, connection: AsyncConnection, subscription: Subscription, adopt: bool) -> None:
-        name, definition = subscription.name, subscription.definition
-        found = await connection.execute(
-            select(subscription_table).where(subscription_table.c.name == name).with_for_update()
-        )
-        row = found.first()
-        if row is None:
-            place = await self.place_of(connection, subscription.start)
-            await connection.execute(
-                insert(subscription_table).values(
-                    name=name,
-                    lanes=subscription.lanes,
-                    ordered_by=subscription.ordered_by,
-                    definition=definition,
-                    revision=1,
-                    paused=False,
-                    created_at=self.now,
-                )
-            )
-            await self.lay(connection, [LaneKey(name, 0, lane) for lane in range(subscription.lanes)], place, 0)
-            await self._note_definition(connection, name, definition, 1)
+    async def _make(self, connection: AsyncConnection, subscriptions: Sequence[Subscription]) -> None:
+        """New ones, with few statements, however many they are."""
+        if not subscriptions:
             return
+        await connection.execute(
+            insert(subscription_table).values(created_at=self.now, revision=1, paused=False),
+            [
+                {"name": s.name, "lanes": s.lanes, "ordered_by": s.ordered_by, "definition": s.definition}
+                for s in subscriptions
+            ],
+        )
+        starts: list[Start] = [subscription.start for subscription in subscriptions]
+        for start in dict.fromkeys(starts):
+            place = await self.place_of(connection, start)
+            keys = [LaneKey(s.name, 0, lane) for s in subscriptions if s.start == start for lane in range(s.lanes)]
+            await self.lay(connection, keys, place, 0)
+        await self._note_definitions(connection, {s.name: s.definition for s in subscriptions}, 1)
+
+    async def _redefine(self, connection: AsyncConnection, subscription: Subscription, row: Any, adopt: bool) -> None:
+        name, definition = subscription.name, subscription.definition
         if row.definition == definition:
             return
         if row.ordered_by != subscription.ordered_by:
@@ -499,18 +508,24 @@ class Store(abc.ABC):
             .where(subscription_table.c.name == name)
             .values(definition=definition, revision=row.revision + 1)
         )
-        await self._note_definition(connection, name, definition, row.revision + 1)
+        await self._note_definitions(connection, {name: definition}, row.revision + 1)
         await connection.execute(
             update(cursor_table)
             .where(cursor_table.c.subscription == name)
             .values(owner=None, token=cursor_table.c.token + 1)
         )
 
-    async def _note_definition(self, connection: AsyncConnection, name: str, definition: str, revision: int) -> None:
+    async def _note_definitions(
+        self, connection: AsyncConnection, definitions: Mapping[str, str], revision: int
+    ) -> None:
         await connection.execute(
-            self.upsert(definition_table)
-            .values(subscription=name, definition=definition, revision=revision)
-            .on_conflict_do_update(index_elements=["subscription", "definition"], set_={"revision": revision})
+            self.upsert(definition_table).on_conflict_do_update(
+                index_elements=["subscription", "definition"], set_={"revision": revision}
+            ),
+            [
+                {"subscription": name, "definition": definition, "revision": revision}
+                for name, definition in definitions.items()
+            ],
         )
 
     async def place_of(self, connection: AsyncConnection, start: Start) -> Any:
