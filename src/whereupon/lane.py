@@ -1084,19 +1084,25 @@ class Lane:
 
     # --- its end ----------------------------------------------------------------------------------------------------
 
-    async def save(self) -> None:
-        """Write down how far it is settled, where only foreign events were passed since it was last."""
+    def unsaved(self) -> Move | None:
+        """How the cursor is to move where only foreign events were passed since it last was; None: not at all."""
         if self.lost:
-            return
+            return None
         self._pass_settled()
         if self.low == self.cursor.place and not self._passed_done:
+            return None
+        return Move(self.cursor, self.low, [], list(self._passed_done))
+
+    async def save(self) -> None:
+        """Move the cursor so. Raises `LeaseLost`."""
+        if self.unsaved() is None:
             return
         async with self.store.writing() as connection, self.settling:
-            self._pass_settled()
-            place, drop = self.low, list(self._passed_done)
-            await self.store.move(connection, Move(self.cursor, place, [], drop), self.worker.id)
+            if (move := self.unsaved()) is None:
+                return
+            await self.store.move(connection, move, self.worker.id)
             await connection.commit()
-            self._moved(place, [], drop)
+            self._moved(move.place, move.add, move.drop)
 
     def end(self) -> None:
         """It is another's now: what runs is cancelled, and nothing of it is settled here."""

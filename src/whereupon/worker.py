@@ -258,8 +258,7 @@ class Worker:
                 )
         with contextlib.suppress(LeaseLost, *self.store.errors):  # leases run out by themselves
             async with asyncio.timeout(LAST_WORDS):
-                for lane in self.lanes.values():
-                    await lane.save()
+                await self._save_all()
                 await self.store.release(self.id)
         await self.lease.stop()
         why = "the worker was stopped"
@@ -267,6 +266,22 @@ class Worker:
         self.runner.abandon(why)
         self.runner.close()
         self.lanes.clear()
+
+    async def _save_all(self) -> None:
+        """Write down how far the lanes are settled: one statement for all but those of handlers left behind."""
+        lanes = list(self.lanes.values())
+        free = [lane for lane in lanes if lane.idle and not lane.settling.locked()]
+        async with contextlib.AsyncExitStack() as held:
+            moves = []
+            for lane in free:
+                if (move := lane.unsaved()) is not None:
+                    await held.enter_async_context(lane.settling)
+                    moves.append(move)
+            if moves:
+                await self.store.settle(moves, self.id, [])
+        for lane in lanes:
+            if lane not in free:
+                await lane.save()
 
     async def _wait_for_deliveries(self, timeout: float) -> None:
         """Wait until nothing is in flight, for so long at most."""
