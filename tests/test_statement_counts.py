@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.log_records import Records
 from tests.statements import Statement, statements
-from whereupon import DomainEvent, EventBus
+from whereupon import Delivery, DomainEvent, EventBus, Retry
 from whereupon.contract import claim, publish, register
 from whereupon.store import Entry, Move, Remembered
 
@@ -172,6 +172,36 @@ async def test_a_worker_begins_and_ends_with_the_same_statements_however_many_la
 
     few = await of_a_life(1, 1)
     assert await of_a_life(20, 8) <= few + 10  # what looks now and then does so more often on a slow machine
+
+
+async def test_publishing_asks_for_no_retries_of_handlers_that_succeeded_inside_the_transaction(
+    database_url: str,
+) -> None:
+    calls: list[int] = []
+    again = asyncio.Event()
+    async with letters(database_url, poll_interval=30) as bus:
+
+        @bus.subscribe(LetterPosted, name="letters", delivery=Delivery.IN_TRANSACTION, retry=Retry(first=0))
+        async def handler(event: LetterPosted, session: AsyncSession) -> None:
+            calls.append(event.number)
+            if len(calls) == 2:
+                raise OSError("the pen is empty")
+            if len(calls) == 3:
+                again.set()
+
+        async with bus:
+            await bus.drain(10)
+            with statements() as seen:
+                await post(bus, 1)
+                await bus.drain(10)
+            assert calls == [0]
+            looked = [
+                one.sql for one in seen if "SET token=whereupon_cursor.token" in one.sql or "FOR UPDATE" in one.sql
+            ]
+            assert looked == []
+            await post(bus, 1)
+            async with asyncio.timeout(20):  # which is less than until the next look of itself
+                await again.wait()
 
 
 @asynccontextmanager

@@ -203,8 +203,9 @@ class EventBus(Subscribing):
         self._worker: Worker | None = None
         self._attempts = Attempts(self)
         self._runner = Runner()
-        self._due: deque[tuple[set[str], list[tuple[_Staged, list[Call]]]]] = deque()
-        """Committed: the types to wake the worker for, and the handlers to run with the next turn of the loop."""
+        self._due: deque[tuple[set[str], set[str], list[tuple[_Staged, list[Call]]]]] = deque()
+        """Committed: the types to wake the worker for, the subscriptions that failed inside the transaction, and the
+        handlers to run with the next turn of the loop."""
         self._entered = False
         self._own_transactions = False
         self._known_engines: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
@@ -514,6 +515,7 @@ class EventBus(Subscribing):
     def committed(self, staged: list[_Staged], *, certain: bool) -> None:
         """The transaction is over: wake the workers, and run what was to run right after the commit."""
         types = {type(item.event).__event__.name for item in staged}
+        failed = {subscription.name for item in staged for subscription, _ in item.failures}
         for item in staged if not certain else ():
             if self._after_commit(item):
                 self.logger.warning(
@@ -523,7 +525,7 @@ class EventBus(Subscribing):
                     error_message="the commit was interrupted, so AFTER_COMMIT handlers do not run",
                 )
         after = [(item, calls) for item in staged if certain and (calls := self._after_commit(item))]
-        self._due.append((types, after))
+        self._due.append((types, failed, after))
         try:
             if self._loop is None:
                 raise RuntimeError("the bus was closed")
@@ -544,9 +546,9 @@ class EventBus(Subscribing):
     def _run_due(self) -> None:
         if not self._due:  # the bus was closed meanwhile
             return
-        types, after = self._due.popleft()
+        types, failed, after = self._due.popleft()
         if self._worker is not None:
-            self._worker.wake(types)
+            self._worker.wake(types, failed)
         self._ring(types)
         for item, calls in after:
             self._runner.start(calls, item.event, item.context, self._failed, self._ended)
@@ -558,7 +560,7 @@ class EventBus(Subscribing):
 
     def _lose_due(self, reason: Exception) -> None:
         while self._due:
-            for item, calls in self._due.popleft()[1]:
+            for item, calls in self._due.popleft()[2]:
                 for _, _, subscription in calls:
                     self._failed(subscription, item.event, BusStateError(f"{reason} before it could run"))
 
@@ -653,7 +655,7 @@ class EventBus(Subscribing):
                 worker, self._worker = self._worker, None
                 await worker.stop(max(0.0, deadline - loop.time()))
             if self._ringer is not None:
-                for types, _ in self._due:
+                for types, _, _ in self._due:
                     self._ring(types)
                 await self._ringer.flush()
             why = f"it still ran {self._drain_timeout:g} s after the bus began to close, and was cancelled"
@@ -702,7 +704,7 @@ class EventBus(Subscribing):
     async def _after_commit_handlers(self, event_ids: Set[UUID] | None = None) -> None:
         """Wait for AFTER_COMMIT handlers of these events (None: all) that are due or run."""
         while True:
-            due = {item.event.event_id for _, after in self._due for item, _ in after}
+            due = {item.event.event_id for _, _, after in self._due for item, _ in after}
             if self._due if event_ids is None else due & event_ids:
                 await asyncio.sleep(0)
             elif tasks := self._after_commit_tasks(event_ids):

@@ -176,13 +176,17 @@ class Worker:
 
     # --- starting, draining, stopping -------------------------------------------------------------------------------
 
-    def wake(self, types: Collection[str] | None = None) -> None:
-        """Events of these stored types (None: any) were committed: look whether there is something new in the log."""
+    def wake(self, types: Collection[str] | None = None, failed: Collection[str] | None = None) -> None:
+        """Events of these stored types (None: any) were committed: look whether there is something new in the log.
+
+        With them publishers write the exceptions of handlers that failed inside their transaction; `failed` are the
+        names of those subscriptions, None where the publisher is another process.
+        """
         if types is None or self.types is None or not self.types.isdisjoint(types):
             self.look()
             for lane in self.lanes.values():
-                # publishers write the exceptions of handlers that failed inside their transaction
-                lane.due = lane.due or lane.subscription.delivery == "in_transaction"
+                if lane.subscription.delivery == "in_transaction" and (failed is None or lane.name in failed):
+                    lane.due = True
             self.pump()
 
     def others_wait(self, types: Collection[str]) -> bool:
