@@ -225,17 +225,29 @@ def _wait_until(true: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def empty_database(server: str) -> Iterator[str]:
-    """The URL of a new, empty database on `server`; it is dropped at the end, open connections or not."""
-    name = database_name(made_at=time.time())
+def empty_database(server: str, template: str = "template0", *, lasting: float = 0) -> Iterator[str]:
+    """The URL of a new database on `server`; it is dropped at the end, open connections or not.
+
+    One that is `lasting` for so many seconds is no leftover until an hour after that.
+
+    It is a copy of `template`, to which nobody may be connected. template0 is empty; unlike template1 it also holds
+    nothing that somebody has put there.
+    """
+    name = database_name(made_at=time.time() + lasting)
     with _connect(server) as connection:
-        # template0 holds nothing that somebody may have put into template1.
-        connection.execute(SQL("CREATE DATABASE {} TEMPLATE template0").format(Identifier(name)))
+        connection.execute(SQL("CREATE DATABASE {} TEMPLATE {}").format(Identifier(name), Identifier(template)))
     try:
         yield make_url(server).set(database=name).render_as_string(hide_password=False)
     finally:
         with _connect(server) as connection:
             connection.execute(_DROP.format(Identifier(name)))
+
+
+def name_anew(url: str) -> None:
+    """Give a copy of a database with whereupon's tables an id of its own, by which it is told from others."""
+    with _connect(url) as connection:
+        changed = connection.execute("UPDATE whereupon_meta SET value = gen_random_uuid() WHERE key = 'database_id'")
+        assert changed.rowcount == 1
 
 
 def drop_leftovers(server: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The databases that other tests are given are real, empty and gone afterwards."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests import servers
+from whereupon import schema
 
 pytestmark = pytest.mark.integration
 
@@ -177,3 +180,54 @@ async def test_a_server_of_our_own_can_be_halted_and_resumed_and_keeps_what_was_
         server.stop()
     assert server.folder is not None
     assert not server.folder.exists()
+
+
+@pytest.mark.tables_ready
+async def test_a_database_that_has_its_tables_is_as_one_whose_tables_were_just_made(
+    postgres_url: str, postgres_server: str
+) -> None:
+    with servers.empty_database(postgres_server) as fresh:
+        engine = create_async_engine(fresh)
+        try:
+            await schema.upgrade(engine)
+        finally:
+            await engine.dispose()
+        made, copied = await everything_in(fresh), await everything_in(postgres_url)
+        theirs, ours = await database_id(fresh), await database_id(postgres_url)
+    assert "whereupon_log" in made
+    assert copied.replace(ours, theirs) == made
+    assert ours != theirs
+
+
+async def database_id(url: str) -> str:
+    return str(await ask(url, "SELECT value FROM whereupon_meta WHERE key = 'database_id'"))
+
+
+async def everything_in(url: str) -> str:
+    """Definitions, rows, and what sequences have come to."""
+    connection = await asyncpg.connect(dsn(url))
+    try:
+        tables = "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'public'"
+        found = [
+            await connection.fetch(question)
+            for question in (
+                f"SELECT c.relname, c.relkind, c.relpersistence, c.reloptions, c.reltuples, "
+                f"pg_get_expr(c.relpartbound, c.oid) FROM {tables} ORDER BY 1",
+                "SELECT a.attrelid::regclass::text, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, "
+                "pg_get_expr(d.adbin, d.adrelid) FROM pg_attribute a LEFT JOIN pg_attrdef d "
+                "ON d.adrelid = a.attrelid AND d.adnum = a.attnum WHERE a.attnum > 0 AND a.attrelid IN "
+                f"(SELECT c.oid FROM {tables}) ORDER BY a.attrelid::regclass::text, a.attnum",
+                f"SELECT pg_get_indexdef(c.oid) FROM {tables} AND c.relkind IN ('i', 'I') ORDER BY 1",
+                "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
+                "WHERE connamespace = 'public'::regnamespace ORDER BY 1, 2",
+                "SELECT pg_get_triggerdef(oid), tgenabled FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1",
+                "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
+                "SELECT * FROM pg_sequences WHERE schemaname = 'public' ORDER BY sequencename",
+            )
+        ]
+        for [table] in await connection.fetch(f"SELECT c.relname FROM {tables} AND c.relkind IN ('r', 'p') ORDER BY 1"):
+            found.append(await connection.fetch(f'SELECT t::text FROM "{table}" t ORDER BY 1'))
+        told = "\n".join(str(list(map(tuple, rows))) for rows in found)
+        return re.sub(r"\d{4}-\d\d-\d\d [\d:.+]+", "then", told)
+    finally:
+        await connection.close()
