@@ -17,7 +17,7 @@ from tests.notebook import Note, Notebook, NoteShared, NoteWritten, Records, Sha
 from whereupon import AuditEventHandler, DomainEvent, EventBus, InMemoryEventBus, request_metadata
 from whereupon.audit import audit_log
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class BudgetChanged(DomainEvent, audit="BUDGET_CHANGED", resource="budget", category="money"):

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from whereupon import ActionRefused, DomainEvent, EventBus, EventContext
 from whereupon.errors import SubscriptionError
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class ShelfFilled(DomainEvent):

@@ -15,7 +15,7 @@ from sqlalchemy.util import await_only
 from tests.log_records import Records
 from whereupon import Delivery, DomainEvent, EventBus, Retry
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class SeatReserved(DomainEvent):

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.log_records import Records
 from whereupon import Delivery, Discard, DomainEvent, EventBus, EventContext, Retry, RetryLater
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class MealOrdered(DomainEvent):

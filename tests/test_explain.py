@@ -30,7 +30,7 @@ from whereupon import (
 from whereupon.story import DeliveryStory, EventStory
 from whereupon.workflow import State
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ONCE = Retry(max_attempts=1)
 POLL = 0.05

@@ -27,7 +27,7 @@ from whereupon import (
     RetryLater,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 INSIDE: dict[str, Any] = {"delivery": Delivery.IN_TRANSACTION}
 

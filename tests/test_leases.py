@@ -22,7 +22,7 @@ from whereupon.lane import Delivery, Lane
 from whereupon.schema import process
 from whereupon.store import RUNNING, Failure, Move
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class ParcelSent(DomainEvent):

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.notebook import until
 from whereupon import ActionRefused, DomainEvent, EventBus, EventContext, Retry, schema
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ONCE = Retry(max_attempts=1)
 POLL = 0.05

@@ -21,7 +21,7 @@ from whereupon.lane import Delivery, Lane, Logged
 from whereupon.schema import log
 from whereupon.store import Page
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 AT_ONCE = Retry(max_attempts=4, first=0)
 

@@ -47,7 +47,7 @@ from whereupon import (
 )
 from whereupon.testing import own_transactions
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class Refused(Exception):

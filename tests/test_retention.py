@@ -23,7 +23,7 @@ from whereupon import DomainEvent, EventBus, Retry, Workflow, _postgres, retenti
 from whereupon._postgres import PostgresStore
 from whereupon.retention import Pruned, Upkeep, make_partitions, mark, partitions_of, prune
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ALL = timedelta(0)
 

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.notebook import Note, Notebook, NoteWritten, notebook
 from whereupon import Delivery, EventBus
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 @pytest.fixture

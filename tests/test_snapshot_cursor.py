@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from whereupon import DomainEvent, EventBus
 from whereupon.contract import append
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class StockCounted(DomainEvent):

@@ -18,7 +18,7 @@ from whereupon import Delivery, DomainEvent, EventBus, Retry
 from whereupon.contract import claim, publish, register
 from whereupon.store import Entry, Move, Remembered
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class LetterPosted(DomainEvent):

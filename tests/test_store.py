@@ -17,7 +17,7 @@ from tests.log_records import Records
 from whereupon import DomainEvent, EventBus, Retry
 from whereupon.errors import DatabaseUnavailableError
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class MeterReadingNoted(DomainEvent):

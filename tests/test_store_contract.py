@@ -23,7 +23,7 @@ from whereupon.testing import ConcurrentStoreContract, StoreContract
 # what the suite is written with; below its import, which has pytest rewrite the assertions
 from whereupon.contract import append, claim, due, failing, keep, lanes_of, publish, read_all, register  # isort: skip
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class TestSQLiteStore(StoreContract):

@@ -20,7 +20,7 @@ from tests.log_records import Records
 from whereupon import DomainEvent, EventBus, Retry
 from whereupon.schema import process
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class TrapSprung(DomainEvent):

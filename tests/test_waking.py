@@ -24,7 +24,7 @@ from tests.log_records import Records
 from whereupon import DomainEvent, EventBus, Retry
 from whereupon.bell import payload_of, types_in
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class BellRung(DomainEvent):

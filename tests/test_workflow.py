@@ -41,7 +41,7 @@ from whereupon import (
 from whereupon.schema import log
 from whereupon.schema import workflow as workflow_table
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 class SignupAttempted(DomainEvent):

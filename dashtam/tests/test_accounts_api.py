@@ -13,7 +13,7 @@ from sqlalchemy import func, select, text, update
 
 from dashtam.infrastructure.tables import TransactionModel
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ from served import PASSWORD, served
 from dashtam.bootstrap import api_of
 from dashtam.serving import serving
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.tables_ready]
 
 UNHEALTHY = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 EXAMPLES = 10  # of each operation, on each database

@@ -10,7 +10,7 @@ from served import eventually, served
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 JSON = {"content-type": "application/json"}
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from whereupon.schema import log, workflow
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ADA = "ada@example.com"
 

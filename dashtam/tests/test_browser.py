@@ -18,7 +18,7 @@ from dashtam.application.sessions import LogIn
 from dashtam.bootstrap import build
 
 WRONG = "The address or the password is wrong, or the address is not confirmed yet."
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ADA = "ada@example.com"
 IMAGES = Path(__file__).parents[2] / "docs" / "images"

@@ -18,7 +18,7 @@ from dashtam.infrastructure.sealing import Seal, SealBroken
 from dashtam.infrastructure.secret_keys import SecretKeyError, make_key
 from dashtam.infrastructure.tables import AuthorizationRequestModel, ConnectionModel, RevocationModel
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 async def subjects(dashtam: Served, email: str) -> list[str]:

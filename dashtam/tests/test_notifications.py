@@ -27,6 +27,7 @@ from dashtam.infrastructure.users import SqlUserSettingsRepository, StoredNotifi
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.tables_ready,
     # Apprise imports it, and comes with its own for the Pythons that have it no more
     pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning"),
 ]

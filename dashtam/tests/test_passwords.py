@@ -20,7 +20,7 @@ from dashtam.infrastructure.passwords import PasswordHasher
 from dashtam.infrastructure.tables import OneTimeTokenModel
 from dashtam.presentation.pace import Pace
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 NEW = "battery staple 8"
 

@@ -15,7 +15,7 @@ from dashtam.domain.result import Failure, Success
 from dashtam.infrastructure.tables import AuditLogModel, UserModel, UserSettingsModel
 from dashtam.infrastructure.users import SqlUserRepository
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 async def actions(dashtam: Served) -> list[tuple[str, str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from dashtam.application import upkeep
 from dashtam.domain.audit import AuditAction
 from dashtam.infrastructure.tables import AuditLogModel, OneTimeTokenModel, RateLimitModel, SessionModel
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ADA = "ada@example.com"
 

@@ -34,7 +34,7 @@ from dashtam.infrastructure.bank import LARGEST_ANSWER, SANDBOX, BankHttp, OAuth
 from dashtam.infrastructure.tables import AccountModel, TransactionModel
 from whereupon.schema import exception
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 
 @asynccontextmanager

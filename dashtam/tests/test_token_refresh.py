@@ -21,7 +21,7 @@ from dashtam.infrastructure.bank import SANDBOX
 from dashtam.infrastructure.connections import SqlConnectionRepository
 from dashtam.infrastructure.tables import ConnectionModel
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ALERT = "Sandbox Bank needs your permission again"
 

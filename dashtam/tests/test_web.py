@@ -18,7 +18,7 @@ from dashtam.bootstrap import api_of
 from dashtam.domain.audit import AuditAction
 from whereupon.audit import audit_log
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
 ADA = "ada@example.com"
 OTHER_PASSWORD = "battery staple 8"
