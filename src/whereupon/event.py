@@ -817,7 +817,9 @@ class DomainEvent(_Root):
     __event__: ClassVar[EventDefinition]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     event_id: UUID = field(default_factory=uuid7)
+    """A UUIDv7, made with the event."""
     occurred_at: datetime = field(default_factory=_now)
+    """When it happened: when the event was made, in UTC, unless it was told another time."""
 
     def audit_context(self) -> Mapping[str, object]:
         """What the audit record says beside action, user and resource; override it to add what follows from those."""
@@ -852,6 +854,13 @@ def event_class(stored_name: str, beside: object = None) -> type[DomainEvent] | 
     if local is not None and "<locals>" in getattr(beside, "__qualname__", ""):
         found = local if local.__module__ == getattr(beside, "__module__", None) else found
     return typing.cast("type[DomainEvent] | None", found or local)
+
+
+def event_classes() -> list[type[DomainEvent]]:
+    """The classes of events that this process has imported so far, less those within functions; by stored name."""
+    return sorted(
+        typing.cast("set[type[DomainEvent]]", set(_by_name.values())), key=lambda cls: (cls.__event__.name, _place(cls))
+    )
 
 
 def ensure_resolved(cls: type[DomainEvent]) -> EventDefinition:

@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import sys
 import typing
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import TracebackType
@@ -92,6 +93,7 @@ class Workflow(Generic[P, A, S]):
         self._interrupted_reason = "reason" in self.interrupted.__event__.fields
         if self._interrupted_reason:
             _check_reason(self.interrupted)
+        _made.add(self)
 
     def __repr__(self) -> str:
         return f"<Workflow {self.name}>"
@@ -117,6 +119,14 @@ class Workflow(Generic[P, A, S]):
         if type(event) is self.succeeded:
             return State.SUCCEEDED
         return State.FAILED if type(event) is self.failed else None
+
+
+_made: weakref.WeakSet[Workflow[Any, Any, Any]] = weakref.WeakSet()
+
+
+def workflows() -> list[Workflow[Any, Any, Any]]:
+    """The workflows that were made so far in this process, by name."""
+    return sorted(_made, key=lambda workflow: (workflow.name, workflow.attempted.__event__.name))
 
 
 class Attempt(abc.ABC, Generic[A, S]):
