@@ -4,6 +4,7 @@
     catalogue.asyncapi()                         # AsyncAPI 3.0, as JSON has it
     catalogue.json_schema()                      # JSON Schema, draft 2020-12
     catalogue.mermaid()                          # a map, as text
+    catalogue.write_site("site")                 # pages to read without a server
 
 It is made of what classes and subscriptions declare: no database is asked. Equal declarations make equal text, without
 a time or a path in it, so it can be committed.
@@ -18,20 +19,22 @@ import re
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from whereupon import _asyncapi, _mermaid
+from whereupon import _asyncapi, _mermaid, _site
 from whereupon._payload import Documentation, Schema, SchemaWriter, example_of, stored_as_json
 from whereupon.bus import Subscribing
 from whereupon.codec import JsonCodec
+from whereupon.errors import CatalogueError
 from whereupon.event import DomainEvent, NotSecret, ensure_resolved, event_classes
 from whereupon.subscription import Delivery, Retry, Subscription
 from whereupon.workflow import workflows
 
 __all__ = [
-    "Catalogue", "EventEntry", "FieldEntry", "HandlerEntry", "WorkflowEntry", "as_text",
+    "Catalogue", "CatalogueError", "EventEntry", "FieldEntry", "HandlerEntry", "WorkflowEntry", "as_text",
 ]  # fmt: skip
 
 
@@ -211,6 +214,17 @@ class Catalogue:
     def mermaid(self) -> str:
         """A Mermaid flowchart of events and of who hears them, grouped by workflow and category."""
         return _mermaid.flowchart(self)
+
+    def site(self) -> dict[str, str]:
+        """HTML pages by the name of their file: `index.html`, `map.html`, one for each event. Each stands alone."""
+        return _site.pages(self)
+
+    def write_site(self, folder: str | Path) -> list[Path]:
+        """Write the pages into a folder, and take away those of events that are gone; return the files written.
+
+        Raises `CatalogueError` for one that holds what this did not write.
+        """
+        return _site.write(self.site(), Path(folder))
 
 
 def as_text(document: Mapping[str, Any]) -> str:

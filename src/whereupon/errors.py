@@ -21,6 +21,7 @@ WhereuponError
 ├── HandlerSessionError (RuntimeError)      a handler tried to end a transaction that is not its own
 ├── HandlerTimeout (TimeoutError)           a handler ran longer than its subscription allows
 ├── ActionRefused                           what an operator asked for can't be done
+├── CatalogueError (ValueError)             no catalogue can be written there, or compared with that
 ├── LeaseLost                               another worker owns the subscription now
 └── Discard, RetryLater                     raised *by* handlers, to say what should happen next
 """
@@ -112,6 +113,10 @@ class HandlerTimeout(WhereuponError, TimeoutError):
 
 class ActionRefused(WhereuponError):
     """An operator's action can't be carried out as asked; nothing was changed."""
+
+
+class CatalogueError(WhereuponError, ValueError):
+    """The folder is not the catalogue's to write, or the document is none of a catalogue's."""
 
 
 class LeaseLost(WhereuponError):
