@@ -5,6 +5,7 @@
     catalogue.json_schema()                      # JSON Schema, draft 2020-12
     catalogue.mermaid()                          # a map, as text
     catalogue.write_site("site")                 # pages to read without a server
+    catalogue.changes_since(json.loads(before))  # what would break, and what would not
 
 It is made of what classes and subscriptions declare: no database is asked. Equal declarations make equal text, without
 a time or a path in it, so it can be committed.
@@ -24,7 +25,8 @@ from types import UnionType
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from whereupon import _asyncapi, _mermaid, _site
+from whereupon import _asyncapi, _drift, _mermaid, _site
+from whereupon._drift import Change, Level
 from whereupon._payload import Documentation, Schema, SchemaWriter, example_of, stored_as_json
 from whereupon.bus import Subscribing
 from whereupon.codec import JsonCodec
@@ -34,7 +36,8 @@ from whereupon.subscription import Delivery, Retry, Subscription
 from whereupon.workflow import workflows
 
 __all__ = [
-    "Catalogue", "CatalogueError", "EventEntry", "FieldEntry", "HandlerEntry", "WorkflowEntry", "as_text",
+    "Catalogue", "CatalogueError", "Change", "EventEntry", "FieldEntry", "HandlerEntry", "Level", "WorkflowEntry",
+    "as_text",
 ]  # fmt: skip
 
 
@@ -225,6 +228,13 @@ class Catalogue:
         Raises `CatalogueError` for one that holds what this did not write.
         """
         return _site.write(self.site(), Path(folder))
+
+    def changes_since(self, before: Mapping[str, Any]) -> list[Change]:
+        """How these events differ from those of an earlier document, `asyncapi()` or `json_schema()`.
+
+        Raises `CatalogueError` for a document that is neither.
+        """
+        return _drift.changes(before, self)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
