@@ -19,7 +19,7 @@ import cyclopts
 import msgspec
 from cyclopts import Parameter
 
-from whereupon import looking, schema
+from whereupon import exporting, looking, schema
 from whereupon.action import CanaryStep, DeadLetter, HandlerState
 from whereupon.cluster import Rebase
 from whereupon.console import (
@@ -68,6 +68,7 @@ app.command(dead)
 for command in (looking.explain, looking.doctor, looking.workflows, looking.audit):
     app.command(command)
 app.command(looking.events)
+app.command(exporting.catalogue)
 app.register_install_completion_command()
 
 
