@@ -96,6 +96,10 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --exit-zero
 	@$(BIN)/ruff format
 
+.PHONY: catalogue
+catalogue: $(INSTALLED) ## Dashtam's events and who hears them, as they are now: written down where a test compares them
+	@$(BIN)/python dashtam/tests/catalogued.py
+
 .PHONY: faults
 faults: $(INSTALLED) ## the fault table, in about ten minutes; ARGS='--short --only kills' (ARGS=--help tells more)
 	@$(BIN)/python -m tests.faults $(ARGS)
