@@ -84,7 +84,7 @@ def test_every_block_of_commands_names_commands_that_are_run() -> None:
 
 
 def test_every_command_that_the_guide_speaks_of_exists() -> None:
-    spoken = set(re.findall(r"whereupon (handlers|dead|db) (\w+)", PAGE))
+    spoken = set(re.findall(r"whereupon (handlers|dead|db|catalogue) (\w+)", PAGE))
     assert len(spoken) > 10
     for group, command in spoken:
         assert command in cli.app[group], command
