@@ -40,6 +40,8 @@ class Depot:
         self.running = 0
         self.most = 0
         self.buses: list[EventBus] = []
+        self.may_end = asyncio.Event()
+        self.may_end.set()
         self.torn: Callable[[ParcelPosted], bool] = lambda event: event.torn
         self.declared: dict[str, Any] | None = None
         """How the first bus declares the subscription; the others are of the same build."""
@@ -60,6 +62,7 @@ class Depot:
             try:
                 if work:
                     await asyncio.sleep(work)
+                await self.may_end.wait()
                 if self.torn(event):
                     raise ValueError(f"parcel {event.number} is torn")
                 self.seen[event.road].append(event.number)
@@ -73,6 +76,14 @@ class Depot:
         chosen = handle_in_transaction if transactional else handle
         bus.subscribe(ParcelPosted, chosen, name="parcels", **{"retry": ONCE, **options})
         return bus
+
+    async def at_rest(self) -> int:
+        """Wait until nothing has been begun for ten polls; how many calls there were."""
+        begun = -1
+        async with asyncio.timeout(30):
+            while begun != (begun := self.calls.total()):  # noqa: ASYNC110
+                await asyncio.sleep(POLL * 10)
+        return begun
 
     async def send(self, bus: EventBus, *parcels: tuple[str, int] | tuple[str, int, bool]) -> list[ParcelPosted]:
         events = [ParcelPosted(road=road, number=number, torn=torn == [True]) for road, number, *torn in parcels]
@@ -145,8 +156,7 @@ async def test_pausing_reaches_every_worker_and_nothing_is_lost(depot: Depot) ->
         await until(lambda: sum(depot.calls.values()) > 20)
         for round_ in range(3):
             await desk.operator.pause("parcels", f"round {round_}")
-            await asyncio.sleep(POLL * 5)
-            begun = depot.calls.total()
+            begun = await depot.at_rest()
             events += await depot.send(desk, ("long", 1000 + round_))
             await asyncio.sleep(POLL * 3)
             assert depot.calls.total() == begun
@@ -325,7 +335,8 @@ async def test_what_can_not_be_decoded_can_be_edited_and_delivered(depot: Depot)
 
 
 async def test_only_what_no_handler_has_in_hand_can_be_settled_by_hand(depot: Depot) -> None:
-    owner, desk = depot.bus(work=1.6, ordered_by="road"), depot.bus()
+    owner, desk = depot.bus(ordered_by="road"), depot.bus()
+    depot.may_end.clear()
     async with owner:
         events = await depot.send(owner, ("long", 1), ("long", 2))
         await reaches(owner, events, ["running", "parked"])
@@ -334,6 +345,7 @@ async def test_only_what_no_handler_has_in_hand_can_be_settled_by_hand(depot: De
         with pytest.raises(ActionRefused, match="is parked, and retry is for one that is dead or retrying"):
             await desk.operator.retry("parcels", events[1].event_id, reason="now")
         await desk.operator.skip("parcels", events[1].event_id, reason="not needed")
+        depot.may_end.set()
         await owner.wait_settled(events, 10)
         assert await states(owner, events) == ["succeeded", "skipped"]
         with pytest.raises(ActionRefused, match="has no exception of parcels"):
