@@ -151,11 +151,11 @@ def test_the_decorator_makes_no_difference() -> None:
         number: int
         note: str = "none"
 
-    class InvoiceMailed(DomainEvent):
+    class InvoiceForwarded(DomainEvent):
         number: int
         note: str = "none"
 
-    for cls in (InvoiceSent, InvoiceMailed):
+    for cls in (InvoiceSent, InvoiceForwarded):
         event = cls(number=1)
         assert (event.number, event.note) == (1, "none")
         assert event == cls(number=1, event_id=event.event_id, occurred_at=event.occurred_at)
