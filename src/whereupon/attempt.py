@@ -294,6 +294,8 @@ class Attempts:
                     await self.bus.publish(event, session=session, metadata=decode_metadata(row.headers))
             await session.execute(_closing(id_, State.INTERRUPTED, row.outcome_id, INTERRUPTED, self.bus._store.now))
         self.log("warning", "workflow_interrupted", workflow=row.name, workflow_id=str(id_), process=str(row.process))
+        if self.bus._observing is not None:
+            self.bus._observing.closed(row.name, State.INTERRUPTED)
 
     def _write_plainly(self, session: Session, row: Any) -> None:
         payload = _dated_now(row.payload)
@@ -308,6 +310,7 @@ class DurableAttempt(Attempt[A, S]):
         super().__init__(workflow, attempted)
         self._attempts = attempts
         self._bus = attempts.bus
+        self._observing = attempts.bus._observing
         self.row: dict[str, Any] = {}
         """What is stored of it when it is opened."""
         self.opened = False
@@ -354,6 +357,8 @@ class DurableAttempt(Attempt[A, S]):
             self._attempts.spawn(self._abandon(opening, error))
             raise
         self.opened = True
+        if self._observing is not None:
+            self._observing.opened(self.workflow.name)
 
     async def _store_attempted(self, metadata: Metadata) -> None:
         async with self._attempts.transaction() as session:
@@ -439,7 +444,10 @@ class _Told:
         """The row is changed already."""
 
     def committed(self, staged: list[Any], *, certain: bool) -> None:
-        self._attempt.committed = self._attempt.committed or certain
+        attempt = self._attempt
+        attempt.committed = attempt.committed or certain
+        if certain and attempt._observing is not None:
+            attempt._observing.closed(attempt.workflow.name, staged[-1])
 
 
 class _Refusing:

@@ -14,6 +14,7 @@ from whereupon.context import EventContext, Metadata
 from whereupon.errors import EventDefinitionError, PublishError
 from whereupon.event import DomainEvent, EventType, event_class
 from whereupon.logs import Logger, logger_of
+from whereupon.observer import Observer, Observing
 from whereupon.subscription import (
     DEFAULT_LANES,
     DEFAULT_TIMEOUT,
@@ -141,6 +142,24 @@ class Subscribing:
         self._raw_logger = logger
         self.subscriptions = Subscriptions()
         self._classes: dict[str, type[DomainEvent]] = {}
+        self._observing: Observing | None = None
+
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` what is published, what handlers do and what becomes of deliveries; before the bus starts.
+
+        What it raises is logged once for each kind of error, and ignored. Raises `BusStateError` on a bus that runs,
+        `TypeError` for what is no `whereupon.observer.Observer`.
+        """
+        self._refuse_late(observer)
+        if self._observing is None:
+            observing = Observing(self.logger)
+            observing.add(observer)
+            self._observing = observing
+        else:
+            self._observing.add(observer)
+
+    def _refuse_late(self, observer: Observer) -> None:
+        """Raises `BusStateError` where it would see half of what happens."""
 
     @overload
     def subscribe(

@@ -55,6 +55,7 @@ from whereupon.lag import Lag, Lags
 from whereupon.lane import key_of
 from whereupon.logs import message_of, trace_of
 from whereupon.memory import session_required
+from whereupon.observer import FAILED, SUCCEEDED, Observer, Observing, Run
 from whereupon.retention import Pruned, prune
 from whereupon.store import (
     DEAD,
@@ -98,6 +99,8 @@ class _Staged:
     failures: list[tuple[Subscription, BaseException]] = field(default_factory=list)
     records: list[tuple[Recorder, Any]] = field(default_factory=list)
     """What is written together with the log."""
+    runs: list[Run] = field(default_factory=list)
+    """Calls in the transaction that observers are to be told of once it is committed."""
 
 
 class Recorder(Protocol):
@@ -276,8 +279,20 @@ class EventBus(Subscribing):
         owner = _staging.sync_session(session)
         if not self._is_ready():
             raise BusStateError("stage needs a bus that has been started: enter it once with `async with bus`")
+        if self._observing is None:
+            self._stage_sync(events, owner, [metadata_for(metadata) for _ in events])
+            return
+        publications = self._observing.publishing(events, metadata_for(metadata))
+        try:
+            self._stage_sync(events, owner, [publication.metadata for publication in publications])
+        except BaseException as error:
+            self._observing.staged(publications, error)
+            raise
+        self._observing.staged(publications)
+
+    def _stage_sync(self, events: tuple[DomainEvent, ...], owner: Session, given: Sequence[Metadata]) -> None:
         staged = []
-        for event in events:
+        for event, metadata in zip(events, given, strict=True):
             self._know(type(event))
             hearing = self.subscriptions.hearing(type(event))
             for subscription in hearing:
@@ -288,7 +303,7 @@ class EventBus(Subscribing):
                     )
             if self._loop is None and any(s.delivery is Delivery.AFTER_COMMIT for s in hearing):
                 raise BusStateError("AFTER_COMMIT handlers run on the loop of a bus that is entered: enter it first")
-            staged.append(self._staged(event, metadata_for(metadata)))
+            staged.append(self._staged(event, metadata))
         _refuse_twins(events)
         connection = _staging.connection_of(owner)
         self._check_database(connection)
@@ -407,7 +422,21 @@ class EventBus(Subscribing):
     ) -> DurableReceipt:
         given = metadata_for(metadata)
         _refuse_twins(events)
-        staged = [self._staged(event, given) for event in events]
+        if self._observing is None:
+            return await self._stage_with(events, session, [given] * len(events))
+        publications = self._observing.publishing(events, given)
+        try:
+            receipt = await self._stage_with(events, session, [publication.metadata for publication in publications])
+        except BaseException as error:
+            self._observing.staged(publications, error)
+            raise
+        self._observing.staged(publications)
+        return receipt
+
+    async def _stage_with(
+        self, events: tuple[DomainEvent, ...], session: AsyncSession, given: Sequence[Metadata]
+    ) -> DurableReceipt:
+        staged = [self._staged(event, metadata) for event, metadata in zip(events, given, strict=True)]
         await self._ready()
         inside = [[s for s in self.subscriptions.hearing(type(item.event)) if _runs_inside(s)] for item in staged]
         if not any(inside):
@@ -428,7 +457,16 @@ class EventBus(Subscribing):
     async def _run_inside(self, session: AsyncSession, subscription: Subscription, item: _Staged) -> None:
         context = self._context(subscription, item.event, item.metadata)
         call = partial(subscription.call, item.event, context, session)
-        error = await _staging.run_inside(session, subscription, call, (item.event.event_id, item.metadata))
+        handled = (item.event.event_id, item.metadata)
+        if self._observing is None:
+            error = await _staging.run_inside(session, subscription, call, handled)
+        else:
+            run = self._run(subscription, item)
+            with self._observing.calling(run):
+                error = await _staging.run_inside(session, subscription, call, handled)
+                if error is not None:
+                    run.failed(error, FAILED if subscription.required else _state_after(subscription, error))
+            item.runs.append(run)
         if error is None:
             item.ran.append(subscription.name)
             return
@@ -507,9 +545,8 @@ class EventBus(Subscribing):
     @staticmethod
     def _failure(row: Row, subscription: Subscription, error: BaseException) -> Failure:
         wait: float | None = error.delay if isinstance(error, RetryLater) else subscription.retry.wait(1)
-        state = RETRYING
-        if isinstance(error, Discard) or subscription.retry.max_attempts == 1:
-            state, wait = SKIPPED if isinstance(error, Discard) else DEAD, None
+        if (state := _state_after(subscription, error)) != RETRYING:
+            wait = None
         return Failure(row, state, 1, wait, type(error).__name__, message_of(error)[:4000], trace_of(error))
 
     def committed(self, staged: list[_Staged], *, certain: bool) -> None:
@@ -524,6 +561,8 @@ class EventBus(Subscribing):
                     event_id=str(item.event.event_id),
                     error_message="the commit was interrupted, so AFTER_COMMIT handlers do not run",
                 )
+        if certain and self._observing is not None:
+            self._tell_committed(self._observing, staged)
         after = [(item, calls) for item in staged if certain and (calls := self._after_commit(item))]
         self._due.append((types, failed, after))
         try:
@@ -536,9 +575,32 @@ class EventBus(Subscribing):
         except RuntimeError as error:
             self._lose_due(error)
 
+    def _run(self, subscription: Subscription, item: _Staged, *, called: bool = True) -> Run:
+        event = item.event
+        name = type(event).__event__.name
+        return Run(subscription, event.event_id, name, item.metadata, called=called)
+
+    def _tell_committed(self, observing: Observing, staged: list[_Staged]) -> None:
+        observing.published([item.event for item in staged])
+        runs = []
+        for item in staged:
+            runs += item.runs
+            recorded = [s for s in self.subscriptions.hearing(type(item.event)) if s.recorder is not None]
+            for subscription in recorded:
+                run = self._run(subscription, item, called=False)
+                run.outcome = SUCCEEDED
+                runs.append(run)
+        observing.settle(runs)
+
     def _after_commit(self, item: _Staged) -> list[Call]:
         return [
-            (partial(self._call_after_commit, s, item.metadata), s.timeout, s)
+            (
+                partial(self._call_after_commit, s, item.metadata)
+                if self._observing is None
+                else partial(self._watch_after_commit, self._observing, self._run(s, item)),
+                s.timeout,
+                s,
+            )
             for s in self.subscriptions.hearing(type(item.event))
             if s.delivery is Delivery.AFTER_COMMIT
         ]
@@ -564,6 +626,13 @@ class EventBus(Subscribing):
                 for _, _, subscription in calls:
                     self._failed(subscription, item.event, BusStateError(f"{reason} before it could run"))
 
+    async def _watch_after_commit(self, observing: Observing, run: Run, event: DomainEvent) -> None:
+        try:
+            with observing.calling(run):
+                await self._call_after_commit(run.subscription, run.metadata, event)
+        finally:
+            observing.settle([run])
+
     async def _call_after_commit(self, subscription: Subscription, metadata: Metadata, event: DomainEvent) -> None:
         context = self._context(subscription, event, metadata)
         if subscription.session_parameter is None:
@@ -574,6 +643,13 @@ class EventBus(Subscribing):
                 await subscription.call(event, context, session)
 
     # --- delivering -------------------------------------------------------------------------------------------------
+
+    def _refuse_late(self, observer: Observer) -> None:
+        if self._entered:
+            raise BusStateError(
+                f"{type(observer).__name__} is to observe a bus that runs already: what has begun would end without "
+                "it. Call bus.observe before `async with bus`"
+            )
 
     def _subscribed(self, subscription: Subscription) -> None:
         if self._worker is not None:
@@ -600,6 +676,7 @@ class EventBus(Subscribing):
             lease=self._lease,
             poll_interval=self._poll_interval,
             retain=self._retain,
+            observing=self._observing,
         )
 
     async def start(self, *, deliver: bool | None = None) -> None:
@@ -841,6 +918,13 @@ _DEADLOCK: Final = (
     "this task has a transaction open that holds SQLite's only write lock: publishing without its session would wait "
     "for that for ever. Pass session=session, or publish before or after the transaction"
 )
+
+
+def _state_after(subscription: Subscription, error: BaseException) -> str:
+    """What becomes of a delivery that failed inside the publisher's transaction."""
+    if isinstance(error, Discard):
+        return SKIPPED
+    return DEAD if subscription.retry.max_attempts == 1 else RETRYING
 
 
 def _runs_inside(subscription: Subscription) -> bool:

@@ -24,6 +24,7 @@ from whereupon.context import NO_METADATA, EventContext, Metadata, decode_metada
 from whereupon.errors import Discard, EventDecodingError, HandlerTimeout, LeaseLost, RetryLater, UnknownEventError
 from whereupon.event import DomainEvent
 from whereupon.logs import message_of, trace_of
+from whereupon.observer import INTERRUPTED, SUCCEEDED, Run
 from whereupon.store import (
     BLOCKING,
     DEAD,
@@ -147,6 +148,8 @@ class Delivery(msgspec.Struct, gc=False, eq=False):
     seat: Seat | None = None
     task: Task[None] | None = None
     waiter: asyncio.Future[None] | None = None
+    run: Run | None = None
+    """What observers were told of it, until they are told how it ended."""
 
     def cancel(self) -> None:
         self.cut_short = True
@@ -265,6 +268,7 @@ class Share:
         """What is to be called, one after the other; a call that is done has ended once the next is asked for."""
         handler, timeout = self.subscription.handler, self.subscription.timeout
         parameter = self.subscription.context_parameter
+        watched = worker.observing is not None and worker.observing.watching
         for delivery in deliveries:
             lane, logged = delivery.lane, delivery.logged
             self._begun += 1
@@ -273,7 +277,11 @@ class Share:
                 continue
             self._current = delivery
             call = handler if parameter is None else partial(handler, **{parameter: lane.context_of(delivery)})
-            yield call, logged.event, logged.context, timeout, delivery
+            context = logged.context
+            if watched:
+                context = context.copy()
+                context.run(lane.begins, delivery)
+            yield call, logged.event, context, timeout, delivery
             if delivery.seat is None and not delivery.ended:
                 lane.end_of(delivery)
 
@@ -576,12 +584,76 @@ class Lane:
 
     def let_go(self, delivery: Delivery) -> None:
         """It is over for this worker."""
+        if delivery.run is not None:
+            self._not_told(delivery)
         if delivery in self.active:
             self.active.discard(delivery)
             self.worker.free += 1
         if delivery.waiter is not None and not delivery.waiter.done():
             delivery.waiter.set_result(None)
         delivery.seat = delivery.task = None  # they hold it in turn, and no garbage collector would see that
+
+    # --- what observers are told ------------------------------------------------------------------------------------
+
+    def begins(self, delivery: Delivery, together: int = 1) -> None:
+        """Tell whoever watches, in the context that the handler is about to run in."""
+        assert self.worker.observing is not None
+        if delivery.run is not None:  # it lost a race, and is called once more
+            self._not_told(delivery)
+        run = delivery.run = self._run_of(delivery)
+        run.began, run.together = time.time(), together
+        self.worker.observing.start(run)
+
+    def _run_of(self, delivery: Delivery) -> Run:
+        row = delivery.logged.row
+        return Run(
+            self.subscription,
+            row.event_id,
+            row.type,
+            delivery.logged.metadata,
+            delivery.attempt,
+            self.cursor.key.generation,
+            row.recorded_at,
+            False,
+            1,
+            delivery.logged.event is not None,
+        )
+
+    def _told(self, deliveries: Iterable[Delivery]) -> None:
+        """What became of these is committed."""
+        observing = self.worker.observing
+        assert observing is not None
+        runs = []
+        epoch = time.time() - time.perf_counter()  # asked anew, since clocks are set while processes run
+        for delivery in deliveries:
+            if delivery.parking:
+                continue
+            run = delivery.run
+            if run is None:
+                run = self._run_of(delivery)
+                run.began = delivery.began + epoch
+            run.seconds = delivery.microseconds / 1e6
+            if (failure := delivery.failure) is None:
+                run.outcome = SUCCEEDED
+            else:
+                run.outcome = INTERRUPTED if delivery.cut_short else failure.state
+                run.error_type, run.error_message = failure.error_type, failure.error_message
+                run.traceback = failure.traceback
+            if delivery.run is not None:
+                delivery.run = None
+                observing.end(run)
+            runs.append(run)
+        observing.settle(runs)
+
+    def _not_told(self, delivery: Delivery) -> None:
+        """Nothing became of a call that observers know of: it happens again, here or elsewhere."""
+        assert self.worker.observing is not None
+        assert delivery.run is not None
+        run, delivery.run = delivery.run, None
+        run.outcome, run.seconds = INTERRUPTED, time.perf_counter() - delivery.began
+        self.worker.observing.end(run)
+
+    # --- its failure ------------------------------------------------------------------------------------------------
 
     def _judge(self, delivery: Delivery, error: BaseException) -> Failure:
         """What follows from what a handler raised."""
@@ -645,7 +717,10 @@ class Lane:
             if self.readable(delivery):
                 readable.append(delivery)
         if readable:
-            task = self.worker.spawn(self._transact(readable), readable[0].logged.context.copy())
+            context = readable[0].logged.context.copy()
+            if len(readable) == 1 and self.worker.observing is not None and self.worker.observing.watching:
+                context.run(self.begins, readable[0])
+            task = self.worker.spawn(self._transact(readable), context)
             for delivery in readable:
                 delivery.task = task
         return len(together)
@@ -712,6 +787,8 @@ class Lane:
                         delivery.in_doubt = False
                         handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
                         delivery.began = time.perf_counter()
+                        if self.worker.observing is not None and self.worker.observing.watching:
+                            self.begins(delivery, len(deliveries))
                         if connection.sync_connection is not None:
                             reuse_savepoint_names(connection.sync_connection)
                         savepoint = await connection.begin_nested()
@@ -832,6 +909,8 @@ class Lane:
 
     def _stored(self, deliveries: Sequence[Delivery]) -> None:
         """Their transaction has committed, and with it the record that they ran."""
+        if self.worker.observing is not None:
+            self._told(deliveries)
         for delivery in deliveries:
             delivery.stored = delivery.settled = delivery.ended = True
             self.share.free += not delivery.shares_slot
@@ -918,6 +997,8 @@ class Lane:
 
     def settle(self, batch: Sequence[Delivery], move: Move) -> None:
         """The transaction that settles `batch` has committed."""
+        if self.worker.observing is not None:
+            self._told(batch)
         for delivery in batch:
             if delivery.failure is None:
                 delivery.settled = True

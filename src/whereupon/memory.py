@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from asyncio import AbstractEventLoop, Future
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from contextvars import Context, copy_context
 from functools import partial
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Self
 from whereupon._dispatch import Call, Runner, Seat
 from whereupon.bus import Subscribing
 from whereupon.context import NO_METADATA, Metadata, handling, metadata_for, request_metadata
-from whereupon.errors import BusStateError, SessionRequiredError, WorkflowClosedError
+from whereupon.errors import BusStateError, Discard, SessionRequiredError, WorkflowClosedError
 from whereupon.event import DomainEvent
 from whereupon.logs import message_of
+from whereupon.observer import FAILED, Observing, Run
 from whereupon.subscription import Delivery, Subscription
 from whereupon.workflow import A, Attempt, P, S, State, Workflow, attempt_closed_by, outside_attempts
 
@@ -40,6 +41,8 @@ class _Staged(NamedTuple):
     subscriptions: tuple[Subscription, ...]
     engine: Any
     loop: AbstractEventLoop
+    runs: Sequence[Run] = ()
+    """Calls in the transaction that observers are to be told of once it is committed."""
 
 
 class _Group:
@@ -109,7 +112,9 @@ class InMemoryEventBus(Subscribing):
         given = metadata_for(metadata)
         if session is not None:
             return await self._stage(events, session, given)
-        if len(events) == 1:
+        if self._observing is not None:
+            suspended = self._run_observed(self._observing, events, given)
+        elif len(events) == 1:
             event = events[0]
             calls = self._calls.get(type(event))
             if calls is None:
@@ -132,6 +137,21 @@ class InMemoryEventBus(Subscribing):
         context.run(handling.set, (event.event_id, metadata))
         return self._runner.start(calls, event, context, self._failed, self._ended)
 
+    def _run_observed(
+        self, observing: Observing, events: tuple[DomainEvent, ...], metadata: Metadata
+    ) -> Sequence[Seat]:
+        self._check_events(events)
+        publications = observing.publishing(events, metadata)
+        try:
+            plans = [(p, self._calls_for(p.event, p.metadata)) for p in publications]
+            observing.published(events)
+            suspended = [seat for p, calls in plans for seat in self._run(p.event, calls, p.metadata)]
+        except BaseException as error:
+            observing.staged(publications, error)
+            raise
+        observing.staged(publications)
+        return suspended
+
     def _subscriptions_of(self, event: DomainEvent) -> tuple[Subscription, ...]:
         self._check_events((event,))
         self._know(type(event))
@@ -143,7 +163,7 @@ class InMemoryEventBus(Subscribing):
             if subscription.session_parameter is not None:
                 raise SessionRequiredError(session_required(subscription, event))
         calls = [self._call(subscription, event, metadata) for subscription in subscriptions]
-        if all(subscription.context_parameter is None for subscription in subscriptions):
+        if self._observing is None and all(s.context_parameter is None for s in subscriptions):
             self._calls[type(event)] = calls
         return calls
 
@@ -151,9 +171,25 @@ class InMemoryEventBus(Subscribing):
         handler = subscription.handler
         if subscription.context_parameter is not None:
             handler = partial(handler, **{subscription.context_parameter: self._context(subscription, event, metadata)})
+        if self._observing is not None:
+            run = _run_of(subscription, event, metadata)
+            handler = partial(_watch, self._observing, run, handler)
         return handler, subscription.timeout, subscription
 
     async def _stage(self, events: tuple[DomainEvent, ...], session: Any, metadata: Metadata) -> _Receipt:
+        if self._observing is None:
+            return await self._stage_with(events, session, [metadata] * len(events))
+        self._check_events(events)
+        publications = self._observing.publishing(events, metadata)
+        try:
+            receipt = await self._stage_with(events, session, [publication.metadata for publication in publications])
+        except BaseException as error:
+            self._observing.staged(publications, error)
+            raise
+        self._observing.staged(publications)
+        return receipt
+
+    async def _stage_with(self, events: tuple[DomainEvent, ...], session: Any, given: Sequence[Metadata]) -> _Receipt:
         from whereupon import _staging
 
         self._check_events(events)
@@ -166,10 +202,19 @@ class InMemoryEventBus(Subscribing):
         # what a required handler refuses is undone as a whole, whether or not the publisher commits after that
         required = any(s.required for subscriptions in inside for s in subscriptions)
         async with owner.begin_nested() if required else nullcontext():
-            for (event, subscriptions), now in zip(heard, inside, strict=True):
+            for (event, subscriptions), now, metadata in zip(heard, inside, given, strict=True):
+                runs: list[Run] = []
                 for subscription in now:
                     call = partial(subscription.call, event, self._context(subscription, event, metadata), owner)
-                    error = await _staging.run_inside(owner, subscription, call, (event.event_id, metadata))
+                    if self._observing is None:
+                        error = await _staging.run_inside(owner, subscription, call, (event.event_id, metadata))
+                    else:
+                        run = _run_of(subscription, event, metadata)
+                        with self._observing.calling(run):
+                            error = await _staging.run_inside(owner, subscription, call, (event.event_id, metadata))
+                            if error is not None:
+                                run.failed(error, "skipped" if isinstance(error, Discard) else FAILED)
+                        runs.append(run)
                     if error is not None and subscription.required:
                         raise error
                     if error is not None:
@@ -177,7 +222,7 @@ class InMemoryEventBus(Subscribing):
                 later = tuple(s for s in subscriptions if s not in now)
                 base = copy_context()
                 base.run(handling.set, (event.event_id, metadata))
-                staged = _Staged(event, metadata, base, later, connection.engine, asyncio.get_running_loop())
+                staged = _Staged(event, metadata, base, later, connection.engine, asyncio.get_running_loop(), runs)
                 await owner.run_sync(_staging.stage, connection, self, [staged])
         return _Receipt(self, events)
 
@@ -194,6 +239,9 @@ class InMemoryEventBus(Subscribing):
                     error_message="the commit was interrupted, so its handlers do not run",
                 )
             return
+        if self._observing is not None:
+            self._observing.published([item.event for item in staged])
+            self._observing.settle([run for item in staged for run in item.runs])
         try:
             staged[0].loop.call_soon_threadsafe(self._deliver, staged)
         except RuntimeError:  # the loop was closed
@@ -207,10 +255,16 @@ class InMemoryEventBus(Subscribing):
             calls = [
                 self._call(s, item.event, item.metadata)
                 if s.session_parameter is None
-                else (partial(self._deliver_to, s, item), s.timeout, s)
+                else (self._call_to(s, item), s.timeout, s)
                 for s in item.subscriptions
             ]
             self._runner.start(calls, item.event, item.context, self._failed, self._ended)
+
+    def _call_to(self, subscription: Subscription, item: _Staged) -> Callable[[Any], Awaitable[None]]:
+        call = partial(self._deliver_to, subscription, item)
+        if self._observing is None:
+            return call
+        return partial(_watch, self._observing, _run_of(subscription, item.event, item.metadata), call)
 
     async def _deliver_to(self, subscription: Subscription, item: _Staged, event: DomainEvent) -> None:
         from whereupon import _staging
@@ -275,6 +329,7 @@ class _MemoryAttempt(Attempt[A, S]):
     def __init__(self, bus: InMemoryEventBus, workflow: Workflow[Any, A, S], attempted: A) -> None:
         super().__init__(workflow, attempted)
         self._bus = bus
+        self._observing = bus._observing
         self._metadata = NO_METADATA
         self._state = State.OPEN
         self._pending: tuple[Any, Any] | None = None
@@ -286,6 +341,8 @@ class _MemoryAttempt(Attempt[A, S]):
         given = metadata_for(None)
         self._metadata = dataclasses.replace(given, correlation_id=given.correlation_id or self.id)
         await self._bus.publish(self.attempted, metadata=given)
+        if self._observing is not None:
+            self._observing.opened(self.workflow.name)
 
     async def publish_outcome(self, events: tuple[DomainEvent, ...], session: Any, metadata: Any) -> _Receipt:
         outcome = self.outcome_among(events)
@@ -299,6 +356,8 @@ class _MemoryAttempt(Attempt[A, S]):
                 receipt = await self._bus.publish(*events, session=session, metadata=metadata)
             if session is not None:
                 await self._follow(session, outcome[1])
+            elif self._observing is not None:
+                self._observing.closed(self.workflow.name, outcome[1])
         except Exception:  # what is raised here was raised before any handler ran, but for a required one
             self._state = State.OPEN
             raise
@@ -325,6 +384,8 @@ class _MemoryAttempt(Attempt[A, S]):
     def committed(self, staged: list[State], *, certain: bool) -> None:
         if certain:
             self._state = staged[0]
+            if self._observing is not None:
+                self._observing.closed(self.workflow.name, staged[0])
 
     async def _leave(self, reason: str) -> None:
         if self._state is not State.OPEN or self._in_transaction():
@@ -342,6 +403,18 @@ class _MemoryAttempt(Attempt[A, S]):
                 error_message=message_of(error),
                 exc_info=error,
             )
+
+
+def _run_of(subscription: Subscription, event: DomainEvent, metadata: Metadata) -> Run:
+    return Run(subscription, event.event_id, type(event).__event__.name, metadata)
+
+
+async def _watch(observing: Observing, run: Run, call: Callable[[Any], Awaitable[None]], event: DomainEvent) -> None:
+    try:
+        with observing.calling(run):
+            await call(event)
+    finally:
+        observing.settle([run])
 
 
 def session_required(subscription: Subscription, event: DomainEvent) -> str:

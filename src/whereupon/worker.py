@@ -31,6 +31,7 @@ from whereupon.event import DomainEvent
 from whereupon.lane import FULL, Delivery, Lane, Logged, Share
 from whereupon.lease import Lease
 from whereupon.logs import Logger, message_of
+from whereupon.observer import Observing
 from whereupon.retention import MINUTE, Upkeep
 from whereupon.store import Cursor, LaneKey, LaneState, Layout, Move, Page, Remembered, Row, Store
 from whereupon.subscription import Subscription
@@ -72,8 +73,11 @@ class Worker:
         lease: float,
         poll_interval: float,
         retain: timedelta | None = None,
+        observing: Observing | None = None,
     ) -> None:
         self.store = store
+        self.observing = observing
+        """Who is told what becomes of deliveries, if anybody is."""
         self.shares = {subscription.name: Share(subscription) for subscription in subscriptions}
         for name, share in self.shares.items():
             share.count = lanes[name]

@@ -24,6 +24,7 @@ import msgspec
 from whereupon.context import handling
 from whereupon.errors import EventDefinitionError, PublishError
 from whereupon.event import DomainEvent, Outcome, ensure_resolved, is_event_class
+from whereupon.observer import Observing
 
 if typing.TYPE_CHECKING:
     from typing import Self
@@ -139,6 +140,8 @@ class Attempt(abc.ABC, Generic[A, S]):
         self._cause: object = None
         self._reason: str | None = None
         """Why it failed, once somebody said so."""
+        self._observing: Observing | None = None
+        self._watched: list[Any] = []
 
     def __repr__(self) -> str:
         return f"<Attempt {self.id} at {self.workflow.name}>"
@@ -200,7 +203,13 @@ class Attempt(abc.ABC, Generic[A, S]):
         return found[0] if found else None
 
     async def __aenter__(self) -> Self:
-        await self._open()
+        if self._observing is not None:
+            self._watched = self._observing.attempting(self)
+        try:
+            await self._open()
+        except BaseException as error:
+            self._tell_left(error)
+            raise
         self._outer, self._cause = _current.get(), handling.get()
         _current.set(self)
         return self
@@ -209,9 +218,16 @@ class Attempt(abc.ABC, Generic[A, S]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
         _current.set(self._outer)
-        await self._leave(
-            self._reason or (NOT_COMPLETED if error is None else reason_of(error, self.workflow.unforeseen))
-        )
+        try:
+            await self._leave(
+                self._reason or (NOT_COMPLETED if error is None else reason_of(error, self.workflow.unforeseen))
+            )
+        finally:
+            self._tell_left(error)
+
+    def _tell_left(self, error: BaseException | None) -> None:
+        if self._observing is not None:
+            self._observing.left(self, error, self._watched)
 
 
 _current: ContextVar[Attempt[Any, Any] | None] = ContextVar("whereupon_attempt", default=None)
