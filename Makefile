@@ -53,7 +53,7 @@ $(UV_INSTALLED):
 $(INSTALLED): $(UV_INSTALLED) pyproject.toml dashtam/pyproject.toml constraints.txt Makefile
 	@echo "Python $(PYTHON_VERSION): installing into $(VENV)"
 	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt \
-		-e '.[sqlite,postgres,psycopg,cli,fastapi]' -e 'dashtam[demo]' --group dev
+		-e '.[sqlite,postgres,psycopg,cli,fastapi,otel,prometheus]' -e 'dashtam[demo]' --group dev
 	@touch $@
 
 .PHONY: demo
