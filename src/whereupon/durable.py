@@ -797,6 +797,14 @@ class EventBus(Subscribing):
             if seat.task is not current and (event_ids is None or seat.argument.event_id in event_ids)
         }
 
+    def in_flight(self) -> dict[str, int]:
+        """How many deliveries of each subscription are begun here and not settled. May be called on any thread."""
+        found = {s.name: 0 for s in self.subscriptions if s.delivery is not Delivery.AFTER_COMMIT}
+        worker = self._worker
+        for lane in [] if worker is None else list(worker.lanes.values()):
+            found[lane.name] = found.get(lane.name, 0) + len(lane.active)
+        return found
+
     # --- its database -----------------------------------------------------------------------------------------------
 
     @property

@@ -143,6 +143,9 @@ class Observing:
         self._published = self._who("published")
         self.watching = bool(self._watching)
 
+    def __iter__(self) -> Iterator[Observer]:
+        return iter(self._all)
+
     def _who(self, *names: str) -> list[Observer]:
         return [
             observer
