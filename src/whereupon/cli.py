@@ -20,6 +20,7 @@ import msgspec
 from cyclopts import Parameter
 
 from whereupon import exporting, looking, schema
+from whereupon import looking, monitoring, schema
 from whereupon.action import CanaryStep, DeadLetter, HandlerState
 from whereupon.cluster import Rebase
 from whereupon.console import (
@@ -69,6 +70,7 @@ for command in (looking.explain, looking.doctor, looking.workflows, looking.audi
     app.command(command)
 app.command(looking.events)
 app.command(exporting.catalogue)
+app.command(monitoring.app)
 app.register_install_completion_command()
 
 
@@ -78,6 +80,7 @@ def worker(
     /,
     *,
     verbose: Annotated[bool, Parameter(help="Log what the worker does, not only what goes wrong.")] = False,
+    metrics: monitoring.Address = None,
 ) -> int:
     """Deliver a bus's events in this process, until SIGINT or SIGTERM.
 
@@ -90,7 +93,8 @@ def worker(
         stream=sys.stderr,
     )
     bus = load_bus(target)
-    asyncio.run(_work(bus, target))
+    with monitoring.metrics_at(bus, metrics):
+        asyncio.run(_work(bus, target))
     return 0
 
 
