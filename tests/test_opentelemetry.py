@@ -70,9 +70,10 @@ Loan = Workflow(LoanAttempted, LoanSucceeded, LoanFailed)
 class Library:
     """A bus whose spans are kept."""
 
-    def __init__(self, bus: Any, exporter: InMemorySpanExporter, tracer: trace.Tracer) -> None:
+    def __init__(self, bus: EventBus, exporter: InMemorySpanExporter, provider: TracerProvider) -> None:
         self.bus = bus
-        self.tracer = tracer
+        self.provider = provider
+        self.tracer = provider.get_tracer("test")
         self._exporter = exporter
 
     async def lend(self, *numbers: int) -> list[BookBorrowed]:
@@ -97,17 +98,14 @@ def provider_for(exporter: InMemorySpanExporter, **options: Any) -> TracerProvid
 
 
 @asynccontextmanager
-async def library(url: str | None, *, same_trace: float = 600.0, **options: Any) -> AsyncIterator[Library]:
+async def library(url: str, *, same_trace: float = 600.0, **options: Any) -> AsyncIterator[Library]:
     """Not entered: subscribe first."""
     exporter = InMemorySpanExporter()
     provider = provider_for(exporter)
-    bus: Any = InMemoryEventBus(logger=Records())
-    if url is not None:
-        bus = EventBus(url, logger=Records(), create_tables=True, poll_interval=0.05, **options)
+    bus = EventBus(url, logger=Records(), create_tables=True, poll_interval=0.05, **options)
     bus.observe(Tracing(provider, same_trace=same_trace))
-    yield Library(bus, exporter, provider.get_tracer("test"))
-    if url is not None:
-        await bus.engine.dispose()
+    yield Library(bus, exporter, provider)
+    await bus.engine.dispose()
     provider.shutdown()
 
 
@@ -383,16 +381,18 @@ async def test_a_discarded_delivery_is_no_error(sqlite_url: str) -> None:
         assert attributes_of(process)["messaging.whereupon.outcome"] == "skipped"
 
 
-async def test_the_bus_in_memory_has_the_same_spans() -> None:
-    async with library(None) as here:
+async def test_the_bus_in_memory_has_the_same_spans(sqlite_url: str) -> None:
+    async with library(sqlite_url) as here:
+        bus = InMemoryEventBus(logger=Records())
+        bus.observe(Tracing(here.provider))
 
-        @here.bus.subscribe(BookBorrowed)
+        @bus.subscribe(BookBorrowed)
         async def shelf(event: BookBorrowed) -> None:
             with here.tracer.start_as_current_span("inside"):
                 pass
 
         with here.tracer.start_as_current_span("POST /loans"):
-            await here.bus.publish(BookBorrowed(number=1))
+            await bus.publish(BookBorrowed(number=1))
             assert trace.get_current_span().name == "POST /loans"  # type: ignore[attr-defined]
         assert parent_of(here.span("inside")) == id_of(here.span("process BookBorrowed"))
         assert parent_of(here.span("process BookBorrowed")) == id_of(here.span("publish BookBorrowed"))
