@@ -322,9 +322,30 @@ def test_the_logger_of_a_context_says_which_delivery_it_is() -> None:
     assert details == {
         "event": "sent", "to": "x", "event_id": str(context.event_id), "subscription": "mail", "attempt": 3,
     }  # fmt: skip
+    traced = dataclasses.replace(context, metadata=metadata_of(trace_id="ab" * 16))
+    traced.logger.info("sent")
+    assert output.calls[1].kwargs["trace_id"] == "ab" * 16
+
+
+def test_a_logger_of_the_standard_library_says_it_in_its_records(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    adapter = logging.LoggerAdapter(logging.getLogger("shop"), {"shop": 5})
+    metadata = metadata_of(trace_id="ab" * 16)
+    for log in (logging.getLogger("shop"), adapter, None):
+        context = EventContext(
+            event_id=uuid4(), event_type="X", subscription="mail", attempt=3, log=log, metadata=metadata
+        )
+        context.logger.info("sent to %s", "x", extra={"to": "x"})
+        said = vars(caplog.records[-1])
+        assert (said["event_id"], said["subscription"], said["attempt"]) == (str(context.event_id), "mail", 3)
+        assert (said["trace_id"], said["to"]) == ("ab" * 16, "x")
+        assert said["name"] == ("whereupon" if log is None else "shop")
+        assert said.get("shop") == (5 if log is adapter else None)
 
 
 def test_a_logger_that_binds_nothing_is_handed_on_as_it_is() -> None:
-    own = logging.getLogger("shop")
-    assert EventContext(event_id=uuid4(), event_type="X", subscription="s", log=own).logger is own
-    assert EventContext(event_id=uuid4(), event_type="X", subscription="s").logger is logging.getLogger("whereupon")
+    class Own(logging.LoggerAdapter[logging.Logger]):
+        pass
+
+    for own in (Own(logging.getLogger("shop"), {}), object()):
+        assert EventContext(event_id=uuid4(), event_type="X", subscription="s", log=own).logger is own

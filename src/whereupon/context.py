@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -230,12 +231,32 @@ class EventContext:
 
     @property
     def logger(self) -> Any:
-        """The bus's logger with event, subscription and attempt bound, where it can bind (structlog); else as it is."""
+        """The bus's logger with event, subscription, attempt and the publisher's trace bound.
+
+        A logger of structlog has them as keys, one of the standard library as attributes of its records. What can
+        neither bind nor is one of those is handed on as it is.
+        """
         logger = self.log if self.log is not None else logging.getLogger("whereupon")
-        bind = getattr(logger, "bind", None)
-        if bind is None:
-            return logger
-        return bind(event_id=str(self.event_id), subscription=self.subscription, attempt=self.attempt)
+        said: dict[str, Any] = {
+            "event_id": str(self.event_id), "subscription": self.subscription, "attempt": self.attempt,
+        }  # fmt: skip
+        if self.trace_id is not None:
+            said["trace_id"] = self.trace_id
+        if (bind := getattr(logger, "bind", None)) is not None:
+            return bind(**said)
+        if isinstance(logger, logging.Logger):
+            return _Bound(logger, said)
+        if type(logger) is logging.LoggerAdapter:
+            return _Bound(logger.logger, {**(logger.extra or {}), **said})
+        return logger
+
+
+class _Bound(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose records have these attributes beside those that a call gives."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return msg, kwargs
 
 
 _FIELDS: Final = tuple(f.name for f in dataclasses.fields(Metadata))
