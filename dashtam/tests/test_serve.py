@@ -5,7 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -53,6 +53,22 @@ async def test_dashtam_registers_people_and_stops_when_asked_to(
     assert "user_registration_succeeded" in output
     assert "never awaited" not in output
     assert "Exception ignored" not in output
+
+
+async def test_metrics_are_told_where_the_settings_say_and_not_to_the_public(
+    sqlite_url: str, unused_tcp_port_factory: Callable[[], int]
+) -> None:
+    public, told = unused_tcp_port_factory(), unused_tcp_port_factory()
+    url = f"http://127.0.0.1:{public}"
+    with serving(public, DASHTAM_DATABASE_URL=sqlite_url, DASHTAM_METRICS_PORT=str(told)) as process:
+        await eventually(lambda: answers(process, url))
+        async with httpx.AsyncClient(base_url=url) as http:
+            person = {"email": "ada@example.com", "password": "correct horse 7"}
+            assert (await http.post("/users", json=person)).status_code == 202
+            assert (await http.get("/metrics")).status_code == 404
+            page = (await http.get(f"http://127.0.0.1:{told}/metrics")).text
+    assert 'whereupon_workflows_closed_total{outcome="succeeded",workflow="UserRegistration"} 1.0' in page
+    assert "ada@example.com" not in page
 
 
 async def test_a_port_that_is_taken_is_an_error(tmp_path: Path, unused_tcp_port: int) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -81,6 +81,7 @@ from dashtam.presentation.web.pages import Pages
 from dashtam.presentation.web.site import Site
 from whereupon import AuditEventHandler, Delivery, EventBus, LoggingEventHandler, Retry
 from whereupon.fastapi import install
+from whereupon.prometheus import Metrics
 
 
 class Settings(BaseSettings):
@@ -95,6 +96,8 @@ class Settings(BaseSettings):
     """So long the log keeps events that everybody has got, and sessions and links are kept after their end."""
     lease_seconds: Annotated[float, Field(ge=1)] = 30.0
     """What a process that died had begun is free for others after so long."""
+    metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """Where Prometheus finds this process's metrics, at 127.0.0.1; nowhere unless given. A worker has --metrics."""
 
     public_url: Annotated[str, Field(pattern=r"^https?://[^?#]*[^?#/]$")] = "http://127.0.0.1:8000"
     """Where people find Dashtam, without a slash at the end: links in mails lead there, and banks send them back."""
@@ -180,6 +183,7 @@ class Application:
     live: Live
     activity: Activity
     upkeep: Upkeep
+    metrics: Metrics | None
     form_keys: tuple[bytes, ...] = field(repr=False)
 
     async def prepare(self) -> None:
@@ -193,15 +197,17 @@ class Application:
     async def running(self) -> AsyncIterator[None]:
         """Events are delivered; on leaving, handlers that run are waited for."""
         await self.prepare()
+        port = self.settings.metrics_port or 0
         try:
-            async with self.bus:
-                upkeep = asyncio.create_task(self.upkeep.run())
-                try:
-                    yield
-                finally:
-                    upkeep.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await upkeep
+            with nullcontext() if self.metrics is None else self.metrics.serving("127.0.0.1", port):
+                async with self.bus:
+                    upkeep = asyncio.create_task(self.upkeep.run())
+                    try:
+                        yield
+                    finally:
+                        upkeep.cancel()
+                        with suppress(asyncio.CancelledError):
+                            await upkeep
         finally:
             await self.connections.http.aclose()
 
@@ -298,6 +304,7 @@ def build(
         live=live,
         activity=Activity(audit, notifications, connections.queries, database),
         upkeep=Upkeep(chores, logger),
+        metrics=Metrics(bus) if settings.metrics_port is not None else None,
         form_keys=tuple(keys.derived("csrf")),
     )
 
