@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "guide.md"
 PAGE = GUIDE.read_text(encoding="utf-8")
 BLOCKS = blocks_of(PAGE)
+OBSERVABILITY = ROOT / "docs" / "observability.md"
 
 
 def run(page: Path, chapter: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -40,6 +41,13 @@ def run(page: Path, chapter: str, folder: Path) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("chapter", titles_of(BLOCKS))
 def test_every_chapter_of_the_guide_runs_as_it_is_shown(chapter: str, tmp_path: Path) -> None:
     done = run(GUIDE, chapter, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", titles_of(blocks_of(OBSERVABILITY.read_text(encoding="utf-8"))))
+def test_every_chapter_on_metrics_traces_and_logs_runs_as_it_is_shown(chapter: str, tmp_path: Path) -> None:
+    done = run(OBSERVABILITY, chapter, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
