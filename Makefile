@@ -126,6 +126,10 @@ $(BENCH_DURABLE_INSTALLED): bench/requirements-durable.txt pyproject.toml $(INST
 		-r bench/requirements-durable.txt
 	@touch $@
 
+.PHONY: bench-observers
+bench-observers: $(INSTALLED) ## what metrics and traces cost; needs PostgreSQL on 127.0.0.1
+	@$(BIN)/python bench/observers.py $(ARGS)
+
 # --universal: one file for every Python and platform; nothing in it but names, versions and markers.
 .PHONY: lock
 lock: $(UV_INSTALLED) ## constraints.txt anew, with the latest versions that fit together
