@@ -19,8 +19,7 @@ import cyclopts
 import msgspec
 from cyclopts import Parameter
 
-from whereupon import exporting, looking, schema
-from whereupon import looking, monitoring, schema
+from whereupon import exporting, looking, monitoring, schema
 from whereupon.action import CanaryStep, DeadLetter, HandlerState
 from whereupon.cluster import Rebase
 from whereupon.console import (
