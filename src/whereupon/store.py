@@ -989,7 +989,7 @@ class Store(abc.ABC):
                         history.c.first_position <= positions[-1],
                         history.c.last_position >= positions[0],
                     )
-                    .order_by(history.c.id)
+                    .order_by(history.c.id + 0)  # SQLite would walk through all of it in this order, else
                 )
             )
             for subscription, entries in pages:

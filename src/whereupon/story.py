@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -33,6 +33,8 @@ from whereupon.workflow import State
 
 SEARCHED: Final = 100_000
 """Events of the log, from an event on, among which those that it caused are looked for."""
+AROUND: Final = timedelta(hours=1)
+"""How far apart two times of one transaction may be."""
 PAGE: Final = 500
 OF_ALL: Final = ("event_id", "occurred_at")
 """Fields that every event has."""
@@ -235,8 +237,11 @@ class Storyteller:
 
     # --- of an event ------------------------------------------------------------------------------------------------
 
-    async def of_event(self, event_id: UUID) -> EventStory:
-        """Raises `ActionRefused` for an event that there is no trace of, saying what its id tells."""
+    async def of_event(self, event_id: UUID, *, searched: int = SEARCHED) -> EventStory:
+        """`searched` is among how many later events those are looked for that it caused.
+
+        Raises `ActionRefused` for an event that there is no trace of, saying what its id tells.
+        """
         await self._ready()
         with self._store.reaching():
             async with self._store.reading() as connection:
@@ -246,10 +251,10 @@ class Storyteller:
                     raise ActionRefused(await self._no_trace(connection, event_id))
                 source: Any = row if row is not None else copies[0]
                 metadata = _metadata(source.headers)
-                caused, searched, all_ = await self._caused(connection, event_id, source.position)
+                caused, looked_at, all_ = await self._caused(connection, event_id, source.position, searched)
                 known = {one.name: one for one in await registered(connection)}
                 committed = None if row is None else await self._committed(connection, row.position)
-                attempt = await self._attempt(connection, event_id)
+                attempt = await self._attempt(connection, event_id, source.recorded_at)
                 cause = await self._mentioned(connection, metadata.causation_id)
             stories = await self._deliveries(source, row is not None, known)
         deaf = {k.name: k.types for k in known.values() if not k.hears(source.type, self._class_of)}
@@ -266,7 +271,7 @@ class Storyteller:
             attempt=attempt,
             cause=cause,
             caused=caused,
-            searched=searched,
+            searched=looked_at,
             searched_all=all_,
             deliveries=stories,
             near_misses=near_misses(source.type, {name: types or () for name, types in deaf.items()}),
@@ -311,11 +316,11 @@ class Storyteller:
         )
 
     async def _caused(
-        self, connection: AsyncConnection, event_id: UUID, position: int
+        self, connection: AsyncConnection, event_id: UUID, position: int, searched: int
     ) -> tuple[list[Mentioned], int, bool]:
         """What names it as its cause among the events after it, how many were looked at, and whether it was all."""
         last = await connection.scalar(select(func.max(log.c.position))) or position
-        end = min(last, position + SEARCHED)
+        end = min(last, position + searched)
         found = await connection.execute(
             select(log.c.event_id, log.c.type, log.c.recorded_at)
             .where(
@@ -342,15 +347,18 @@ class Storyteller:
         )
         return at
 
-    async def _attempt(self, connection: AsyncConnection, event_id: UUID) -> AttemptStory | None:
-        row = (
-            await connection.execute(
-                select(workflow).where(or_(workflow.c.id == event_id, workflow.c.outcome_id == event_id)).limit(1)
-            )
-        ).first()
-        if row is None:
-            return None
-        return _attempt_story(row)
+    async def _attempt(self, connection: AsyncConnection, event_id: UUID, recorded_at: datetime) -> AttemptStory | None:
+        row = (await connection.execute(select(workflow).where(workflow.c.id == event_id))).first()
+        if row is None:  # then it may be an outcome, which is recorded in the transaction that closes its attempt
+            row = (
+                await connection.execute(
+                    select(workflow).where(
+                        workflow.c.outcome_id == event_id,
+                        workflow.c.closed_at.between(recorded_at - AROUND, recorded_at + AROUND),
+                    )
+                )
+            ).first()
+        return None if row is None else _attempt_story(row)
 
     async def _mentioned(self, connection: AsyncConnection, event_id: UUID | None) -> Mentioned | None:
         if event_id is None:
@@ -385,7 +393,7 @@ class Storyteller:
         ran = ran_in(source.ran) if logged else []
         async with self._store.reading() as connection:
             rows = {(row.subscription, row.generation): row for row in await self._copies(connection, source.event_id)}
-            calls = await self._calls(connection, source.position)
+            calls = await self._calls(connection, source.position, known)
             actions = await self._actions(connection, source.event_id)
             stories = []
             for subscription, generation in sorted(
@@ -584,12 +592,18 @@ class Storyteller:
             return None
         return Mentioned(event_id=first.event_id, event_type=first.type, recorded_at=first.recorded_at)
 
-    async def _calls(self, connection: AsyncConnection, position: int) -> dict[tuple[str, int], list[CallStory]]:
+    async def _calls(
+        self, connection: AsyncConnection, position: int, names: Iterable[str]
+    ) -> dict[tuple[str, int], list[CallStory]]:
         pages = (
             await connection.execute(
                 select(history)
-                .where(history.c.first_position <= position, history.c.last_position >= position)
-                .order_by(history.c.id)
+                .where(
+                    history.c.subscription.in_(sorted(names)),  # the index begins with it
+                    history.c.first_position <= position,
+                    history.c.last_position >= position,
+                )
+                .order_by(history.c.id + 0)  # SQLite would walk through all of it in this order, else
             )
         ).all()
         processes = {
