@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -14,9 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from whereupon.event import DomainEvent
 from whereupon.registry import Registered, registered
 from whereupon.schema import exception
-from whereupon.store import OPEN, Cursor, Passed, Store, ran_in
+from whereupon.store import OPEN, Cursor, Passed, Row, Store, ran_in
 from whereupon.subscription import Subscriptions
 
+FIRST_LOOK: Final = 20
+"""Events that are looked at first, since the first that a lane owes is among them as a rule."""
 READ_AHEAD: Final = 500
 """Events that one lane's cursor is followed through for the first that it owes."""
 
@@ -109,8 +111,14 @@ class Lags:
 
     async def _unread(self, cursor: Cursor, one: Registered) -> Owed | None:
         """The first event of a lane that it has not passed, and of which there is no exception."""
-        page = await self._store.read(cursor.place, one.stored_names(self._class_of), READ_AHEAD)
-        rows = [row for row in page.rows if row.position not in cursor.done]
+        for most in (FIRST_LOOK, READ_AHEAD):
+            page = await self._store.read(cursor.place, one.stored_names(self._class_of), most)
+            if (owed := await self._first_owed(page.rows, cursor, one)) is not None or len(page.rows) < most:
+                return owed
+        return None
+
+    async def _first_owed(self, found: Sequence[Row], cursor: Cursor, one: Registered) -> Owed | None:
+        rows = [row for row in found if row.position not in cursor.done]
         async with self._store.reading() as connection:
             failed = await self._store.kept(connection, cursor, [row.position for row in rows])
         for row in rows:
