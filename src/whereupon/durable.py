@@ -201,6 +201,7 @@ class EventBus(Subscribing):
         self._lanes: dict[str, int] = {}
         """How many lanes each registered subscription has."""
         self._prepared = False
+        self._reached = False
         self._preparing: asyncio.Lock | None = None
         self._loop: AbstractEventLoop | None = None
         self._worker: Worker | None = None
@@ -394,8 +395,9 @@ class EventBus(Subscribing):
     async def _reachable(self) -> None:
         """Tables are there; nothing is registered, so that whoever only looks leaves no trace."""
         self._check_loop()
-        if not self._prepared:
+        if not self._prepared and not self._reached:
             await self._store.prepare(create=False)
+            self._reached = True
 
     async def _must_write(self, names: set[str]) -> bool:
         if await self._store.revision() != schema.REVISION:
