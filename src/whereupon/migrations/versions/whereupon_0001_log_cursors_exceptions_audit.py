@@ -366,7 +366,9 @@ CREATE INDEX whereupon_exception_event_id ON whereupon_exception (event_id);
 
 CREATE INDEX whereupon_exception_dead ON whereupon_exception (id) WHERE state = 'dead';
 
-CREATE INDEX whereupon_exception_cause ON whereupon_exception (subscription, fingerprint, id) WHERE state = 'dead';
+-- With the state in it, too: SQLite would look into each row for it, though the index has dead ones alone.
+CREATE INDEX whereupon_exception_cause ON whereupon_exception (subscription, fingerprint, id, state)
+    WHERE state = 'dead';
 
 CREATE INDEX whereupon_exception_open ON whereupon_exception (subscription, recorded_at)
     WHERE state IN ('running', 'retrying', 'waiting', 'parked');
