@@ -53,7 +53,7 @@ $(UV_INSTALLED):
 $(INSTALLED): $(UV_INSTALLED) pyproject.toml dashtam/pyproject.toml constraints.txt Makefile
 	@echo "Python $(PYTHON_VERSION): installing into $(VENV)"
 	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt \
-		-e '.[sqlite,postgres,psycopg,cli,fastapi,otel,prometheus]' -e 'dashtam[demo]' --group dev
+		-e '.[sqlite,postgres,psycopg,cli,fastapi,otel,prometheus,dashboard]' -e 'dashtam[demo]' --group dev
 	@touch $@
 
 .PHONY: demo
@@ -129,6 +129,10 @@ $(BENCH_DURABLE_INSTALLED): bench/requirements-durable.txt pyproject.toml $(INST
 .PHONY: bench-observers
 bench-observers: $(INSTALLED) ## what metrics and traces cost; needs PostgreSQL on 127.0.0.1
 	@$(BIN)/python bench/observers.py $(ARGS)
+
+.PHONY: bench-dashboard
+bench-dashboard: $(INSTALLED) ## every page of the dashboard, with millions of events; needs PostgreSQL on 127.0.0.1
+	@$(BIN)/python bench/dashboard.py $(ARGS)
 
 # --universal: one file for every Python and platform; nothing in it but names, versions and markers.
 .PHONY: lock
