@@ -19,7 +19,7 @@ import cyclopts
 import msgspec
 from cyclopts import Parameter
 
-from whereupon import exporting, looking, monitoring, schema
+from whereupon import exporting, looking, monitoring, schema, showing
 from whereupon.action import CanaryStep, DeadLetter, HandlerState
 from whereupon.cluster import Rebase
 from whereupon.console import (
@@ -65,7 +65,7 @@ app.command(handlers)
 dead = cyclopts.App(name="dead", help="Dead letters: deliveries that used up their attempts.")
 app.command(dead)
 
-for command in (looking.explain, looking.doctor, looking.workflows, looking.audit):
+for command in (looking.explain, looking.doctor, looking.workflows, looking.audit, showing.dashboard):
     app.command(command)
 app.command(looking.events)
 app.command(exporting.catalogue)
