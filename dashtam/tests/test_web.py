@@ -388,6 +388,19 @@ async def test_settings_are_changed(sqlite_url: str) -> None:
             assert_is_page(await browser.send("/settings", **wrong), 422)
 
 
+async def test_administrators_have_the_dashboard_of_events_and_nobody_else_does(sqlite_url: str) -> None:
+    async with browsers(sqlite_url) as browser:
+        response = await browser.get("/admin/events/")
+        assert (response.status_code, response.headers["location"]) == (303, "/login")
+        await browser.sign_up()
+        assert (await browser.get("/admin/events/dead")).status_code == 403
+        await browser.dashtam.make_admin(ADA)
+        page = await browser.get("/admin/events/handlers")
+        assert page.status_code == 200
+        assert "SessionEventHandler" in page.text
+        assert "UserRegistrationSucceeded" in (await browser.get("/admin/events/events")).text
+
+
 async def test_an_administrator_sees_everybody_and_sets_a_password(sqlite_url: str) -> None:
     async with browsers(sqlite_url) as browser:
         await browser.sign_up()

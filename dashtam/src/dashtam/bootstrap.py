@@ -74,12 +74,14 @@ from dashtam.presentation.authentication import SignedInDependency, signed_in_by
 from dashtam.presentation.connections import connection_routes
 from dashtam.presentation.pace import Pace
 from dashtam.presentation.sign_up import SignUp
+from dashtam.presentation.web.administration import administrators
 from dashtam.presentation.web.browser_session import BrowserSessions
 from dashtam.presentation.web.home import Banking
 from dashtam.presentation.web.live import Live
 from dashtam.presentation.web.pages import Pages
 from dashtam.presentation.web.site import Site
 from whereupon import AuditEventHandler, Delivery, EventBus, LoggingEventHandler, Retry
+from whereupon.dashboard import dashboard
 from whereupon.fastapi import install
 from whereupon.prometheus import Metrics
 
@@ -370,6 +372,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def api_of(application: Application) -> FastAPI:
     signed_in = signed_in_by(application.access_tokens.session_of, application.sessions.authenticate)
+    browsers = BrowserSessions(
+        application.sessions,
+        application.form_keys,
+        over_https=application.settings.public_url.startswith("https:"),
+    )
     api = create_api(
         sign_up=application.sign_up,
         verify_email=application.verify_email,
@@ -381,7 +388,8 @@ def api_of(application: Application) -> FastAPI:
         queries=application.queries,
         signed_in=signed_in,
         routers=_connection_routers(application.connections, signed_in),
-        site=_site(application),
+        site=_site(application, browsers),
+        dashboard=dashboard(application.bus, authorize=administrators(browsers), secret=application.form_keys[0]),
         check_database=application.database.ping,
         logger=application.logger,
         lifespan=lambda _: application.running(),
@@ -397,11 +405,8 @@ def _connection_routers(parts: Connections, signed_in: SignedInDependency) -> li
     ]
 
 
-def _site(application: Application) -> Site:
+def _site(application: Application, browsers: BrowserSessions) -> Site:
     parts, settings = application.connections, application.settings
-    browsers = BrowserSessions(
-        application.sessions, application.form_keys, over_https=settings.public_url.startswith("https:")
-    )
     authorize_urls = [urlsplit(provider.authorize_url) for provider in settings.providers]
     return Site(
         pages=Pages(browsers, [f"{url.scheme}://{url.netloc}" for url in authorize_urls], application.logger),

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
+from starlette.types import ASGIApp
 
 from dashtam.application.email_verification import VerifyEmail
 from dashtam.application.logger import LoggerProtocol
@@ -44,11 +45,12 @@ def create_api(
     signed_in: SignedInDependency,
     routers: Sequence[APIRouter],
     site: Site,
+    dashboard: ASGIApp,
     check_database: Callable[[], Awaitable[None]],
     logger: LoggerProtocol,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
-    """`check_database` raises where the database does not answer."""
+    """`dashboard` is that of events, for administrators. `check_database` raises where the database does not answer."""
     api = FastAPI(
         title="Dashtam", summary="All your accounts, at whichever bank they are, in one place.", lifespan=lifespan
     )
@@ -68,6 +70,8 @@ def create_api(
         pace=pace,
     ):
         api.include_router(router)
+
+    api.mount("/admin/events", dashboard)
 
     @api.get("/health", response_model=Health, responses=describes(503), tags=["health"])
     async def health() -> Any:

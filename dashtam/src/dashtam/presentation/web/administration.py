@@ -1,11 +1,12 @@
 """The pages of administrators."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 from uuid import UUID
 
 from fastapi import APIRouter, Depends
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 
 from dashtam.application.activity import RECORDS
 from dashtam.application.password_change import PasswordChange
@@ -13,12 +14,25 @@ from dashtam.application.users import UserQueries
 from dashtam.domain.result import Failure
 from dashtam.domain.user import LONGEST_PASSWORD
 from dashtam.presentation.authentication import Forbidden
-from dashtam.presentation.web.browser_session import FieldInvalid, Visit
+from dashtam.presentation.web.browser_session import BrowserSessions, FieldInvalid, Visit
 from dashtam.presentation.web.pages import Pages, redirect
+from whereupon.dashboard import Visitor
 
 NEWEST: Final = 50
 """Users."""
 _INVALID: Final[Mapping[str, tuple[str, ...]]] = {"weak_password": ("password",)}
+
+
+def administrators(browsers: BrowserSessions) -> Callable[[Request], Awaitable[Visitor | Response | None]]:
+    """Who may see the dashboard of events, and act there: administrators who are logged in."""
+
+    async def authorize(request: Request) -> Visitor | Response | None:
+        visit = await browsers.visit(request)
+        if visit.session is None:
+            return RedirectResponse("/login", 303)
+        return Visitor(name=f"user {visit.session.user_id}", role="actor") if visit.session.is_admin else None
+
+    return authorize
 
 
 def administration_routes(pages: Pages, users: UserQueries, password_change: PasswordChange) -> APIRouter:
