@@ -50,7 +50,8 @@ class Outcomes:
     """Which nobody has tried yet, or which run."""
 
 
-# Each group is found by a step through the index, however many letters it has; counting stops at its bound.
+# Each group is found by a step through the index, however many letters it has; counting stops at its bound. A step that
+# compares both columns as one row would walk through the rest of the subscription, on SQLite.
 _GROUPS: Final = """
 WITH RECURSIVE cause(subscription, fingerprint) AS (
     SELECT * FROM (
@@ -60,12 +61,22 @@ WITH RECURSIVE cause(subscription, fingerprint) AS (
     ) AS first
     UNION ALL
     SELECT
-        (SELECT x.subscription FROM whereupon_exception x
-         WHERE x.state = 'dead' AND (x.subscription, x.fingerprint) > (c.subscription, c.fingerprint)
-         ORDER BY x.subscription, x.fingerprint LIMIT 1),
-        (SELECT x.fingerprint FROM whereupon_exception x
-         WHERE x.state = 'dead' AND (x.subscription, x.fingerprint) > (c.subscription, c.fingerprint)
-         ORDER BY x.subscription, x.fingerprint LIMIT 1)
+        coalesce(
+            (SELECT x.subscription FROM whereupon_exception x
+             WHERE x.state = 'dead' AND x.subscription = c.subscription AND x.fingerprint > c.fingerprint
+             ORDER BY x.fingerprint LIMIT 1),
+            (SELECT x.subscription FROM whereupon_exception x
+             WHERE x.state = 'dead' AND x.subscription > c.subscription
+             ORDER BY x.subscription, x.fingerprint LIMIT 1)
+        ),
+        coalesce(
+            (SELECT x.fingerprint FROM whereupon_exception x
+             WHERE x.state = 'dead' AND x.subscription = c.subscription AND x.fingerprint > c.fingerprint
+             ORDER BY x.fingerprint LIMIT 1),
+            (SELECT x.fingerprint FROM whereupon_exception x
+             WHERE x.state = 'dead' AND x.subscription > c.subscription
+             ORDER BY x.subscription, x.fingerprint LIMIT 1)
+        )
     FROM cause c WHERE c.subscription IS NOT NULL AND (:only IS NULL OR c.subscription = :only)
 )
 SELECT subscription, fingerprint,
