@@ -1,6 +1,7 @@
 """Fixtures for both projects: databases that exist, one for each test."""
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,12 @@ class _Worker(Protocol):
 
     config: pytest.Config
     workerinput: dict[str, str]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection that looks through it all stops everything for a good part of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

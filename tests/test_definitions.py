@@ -36,7 +36,7 @@ class Log:
 
 def build(url: str, heard: Counter[tuple[str, int]], *events: type[DomainEvent], **options: Any) -> EventBus:
     """A process of a build whose subscription `board` hears these events."""
-    bus = EventBus(url, create_tables=True, poll_interval=0.05, lease=1, **options)
+    bus = EventBus(url, create_tables=True, poll_interval=0.05, lease=3, **options)
 
     async def board(event: Any) -> None:
         heard[type(event).__name__, event.number] += 1

@@ -38,7 +38,7 @@ class BookClosed(DomainEvent):
 @pytest.fixture
 async def buses(database_url: str) -> AsyncIterator[tuple[EventBus, EventBus]]:
     """Two processes' worth of buses on one database, neither entered."""
-    pair = tuple(EventBus(database_url, create_tables=True, poll_interval=0.05, lease=1) for _ in range(2))
+    pair = tuple(EventBus(database_url, create_tables=True, poll_interval=0.05, lease=3) for _ in range(2))
     await pair[0].create_tables()
     async with pair[0].engine.begin() as connection:
         await connection.execute(text("CREATE TABLE page (book TEXT NOT NULL, number INTEGER NOT NULL)"))
