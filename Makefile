@@ -101,7 +101,7 @@ catalogue: $(INSTALLED) ## Dashtam's events and who hears them, as they are now:
 	@$(BIN)/python dashtam/tests/catalogued.py
 
 .PHONY: faults
-faults: $(INSTALLED) ## the fault table, in about ten minutes; ARGS='--short --only kills' (ARGS=--help tells more)
+faults: $(INSTALLED) ## the fault table, in about half an hour; ARGS='--short --only kills' (ARGS=--help tells more)
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: bench
