@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -670,3 +671,38 @@ async def test_drain_includes_retries_that_are_due_and_not_those_due_later(bus: 
         await place(bus, 1)
         await bus.drain(10)
         assert calls == {"now": 6, "later": 1}
+
+
+@pytest.mark.parametrize("unforeseen", [False, True])
+async def test_a_settlement_that_fails_whatever_the_error_is_made_again_and_takes_no_place_for_good(
+    bus: EventBus, unforeseen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had ended was forgotten once, where the driver raised what it raises by mistake, when a server ended."""
+    called = Counter[int]()
+
+    @bus.subscribe(MealOrdered, name="cook")
+    async def cook(event: MealOrdered) -> None:
+        called[event.number] += 1
+
+    async with bus:
+        worker = bus._worker
+        assert worker is not None
+        settle, failed = worker.store.settle, [0]
+
+        async def settle_or_fail(*arguments: Any) -> Any:
+            failed[0] += 1
+            if failed[0] <= 2:
+                raise RuntimeError("not foreseen") if unforeseen else asyncpg.InternalClientError("cannot switch state")
+            return await settle(*arguments)
+
+        if unforeseen or bus.engine.driver == "asyncpg":
+            monkeypatch.setattr(worker.store, "settle", settle_or_fail)
+        events = await place(bus, *range(20))
+        await bus.wait_settled(events, 30)
+        await bus.drain(20)
+        assert worker.free == worker.in_flight
+        again = await place(bus, *range(20, 40))
+        await bus.wait_settled(again, 30)
+    assert set(called) == set(range(40))
+    if not unforeseen:
+        assert set(called.values()) == {1}

@@ -144,7 +144,12 @@ class PostgresStore(Store):
             import asyncpg
 
             # SQLAlchemy 2.0 lets through what the driver raises while it connects, and `_reader` all of it
-            self.errors = (*self.errors, asyncpg.PostgresError, asyncpg.InterfaceError)
+            self.errors = (
+                *self.errors,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,  # a connection that the server ends between two statements
+            )
             self._compiled = {}
 
     def use(self, engine: AsyncEngine) -> None:

@@ -7,7 +7,7 @@ import random
 import time
 from asyncio import CancelledError, Task
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from datetime import datetime
@@ -440,7 +440,13 @@ class Lane:
         """Read by itself until it stands where the others are, or at the end of its replay."""
         self.attached = False
         read = self.worker.catch_up if self.last is None else self.worker.replay
-        self._solo = self.worker.spawn(read(self))
+        self._solo = self.worker.spawn(self._read_alone(read))
+
+    async def _read_alone(self, read: Callable[[Lane], Awaitable[None]]) -> None:
+        try:
+            await read(self)
+        except Exception as error:  # else nobody would read for it any more
+            self.worker.lose(self, error)
 
     @property
     def caught_up(self) -> bool:

@@ -492,6 +492,9 @@ class Worker:
         except LeaseLost:
             self.lose(lane)
             return
+        except Exception as error:
+            self.lose(lane, error)
+            return
         lane.end()
         if self.lanes.get(lane.cursor.key) is lane:  # and not what was claimed anew while this was told
             del self.lanes[lane.cursor.key]
@@ -962,6 +965,10 @@ class Worker:
                 if self.stopping and failures > 3:
                     raise CancelledError from error
                 await self.pause_after(error, failures)
+            except Exception as error:
+                for lane in ended:  # else nobody would settle these any more, nor give their places back
+                    self.lose(lane, error)
+                return
         for (lane, batch), move in zip(ended.items(), moves, strict=True):
             if lane.lost:
                 continue
