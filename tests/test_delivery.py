@@ -706,3 +706,38 @@ async def test_a_settlement_that_fails_whatever_the_error_is_made_again_and_take
     assert set(called) == set(range(40))
     if not unforeseen:
         assert set(called.values()) == {1}
+
+
+async def test_a_lane_that_is_lost_while_it_asks_for_retries_takes_no_place_for_good(
+    bus: EventBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place was never given back once, and a worker that waits until nothing runs waited for ever."""
+    called = Counter[int]()
+
+    @bus.subscribe(MealOrdered, name="cook", retry=AT_ONCE, lanes=1)
+    async def cook(event: MealOrdered) -> None:
+        called[event.number] += 1
+        if called[event.number] == 1:
+            raise RuntimeError("at first")
+
+    async with bus:
+        worker = bus._worker
+        assert worker is not None
+        look, lost = worker.store.due, []
+
+        async def look_and_lose(*arguments: Any) -> Any:
+            found = await look(*arguments)
+            if found and not lost:
+                lost.append(found)
+                [lane] = worker.lanes.values()
+                worker.lose(lane)
+            return found
+
+        monkeypatch.setattr(worker.store, "due", look_and_lose)
+        events = await place(bus, *range(5))
+        await bus.wait_settled(events, 30)
+        await bus.drain(20)
+        assert lost
+        assert worker.free == worker.in_flight
+        assert worker.shares["cook"].free == 10
+    assert set(called) == set(range(5))

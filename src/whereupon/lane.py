@@ -567,6 +567,9 @@ class Lane:
 
     def to_settle(self, delivery: Delivery) -> None:
         """It has ended, and what became of it is to be committed."""
+        if self.lost:  # it was begun while the lane was being lost: nobody settles it here, but its place is needed
+            self.let_go(delivery)
+            return
         if not self.ready:
             self.plain = not self.transactional
             self.worker.to_settle(self)
@@ -1133,7 +1136,7 @@ class Lane:
                 self.share.count_retries(len(found))
                 self._reserve(-room)
                 room = 0
-                for one in found:
+                for one in found if not self.lost else ():  # whoever has the lane now finds them recorded as begun
                     self._begin_due(one)
         finally:
             self._reserve(-room)
