@@ -723,7 +723,8 @@ async def test_a_lane_that_is_lost_while_it_asks_for_retries_takes_no_place_for_
     async with bus:
         worker = bus._worker
         assert worker is not None
-        look, lost = worker.store.due, []
+        look = worker.store.due
+        lost: list[Any] = []
 
         async def look_and_lose(*arguments: Any) -> Any:
             found = await look(*arguments)

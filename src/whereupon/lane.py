@@ -1136,8 +1136,7 @@ class Lane:
                 self.share.count_retries(len(found))
                 self._reserve(-room)
                 room = 0
-                for one in found if not self.lost else ():  # whoever has the lane now finds them recorded as begun
-                    self._begin_due(one)
+                self._begin_all_due(found)
         finally:
             self._reserve(-room)
             self._taking_due = False
@@ -1145,6 +1144,12 @@ class Lane:
     def _reserve(self, number: int) -> None:
         self.worker.free -= number
         self.share.free -= number
+
+    def _begin_all_due(self, found: Sequence[Due]) -> None:
+        if self.lost:  # meanwhile: whoever has the lane now finds them recorded as begun
+            return
+        for one in found:
+            self._begin_due(one)
 
     def _begin_due(self, one: Due) -> None:
         delivery = Delivery(self, Logged(one.row), one.row.position, one.key, one.attempt, exceptional=True)
