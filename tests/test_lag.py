@@ -83,6 +83,12 @@ async def test_what_is_retried_or_parked_is_owed_and_what_is_dead_is_not(databas
         assert [lag.oldest for lag in await bus.lags()] == [None]
 
 
+async def test_what_ran_inside_publish_is_not_owed(database_url: str) -> None:
+    async with harbour(database_url, delivery=Delivery.IN_TRANSACTION, ordered_by=None) as bus:
+        await delay(bus, FerryDelayed(line="north"))
+        assert [lag.oldest for lag in await bus.lags()] == [None]
+
+
 async def test_measuring_takes_no_more_statements_for_a_longer_log(bus: EventBus) -> None:
     numbers = []
     for size in (100, 400):
