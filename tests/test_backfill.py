@@ -187,7 +187,7 @@ async def test_a_replay_that_is_over_holds_no_pruning_back(database_url: str) ->
                 await asyncio.sleep(0.02)
         await bus.drain(20)
     async with bus_on(database_url, deliver=False) as quiet:
-        report = await quiet.prune(older_than=timedelta(0))
+        report = await quiet.operator.prune("old enough", older_than=timedelta(0))
         assert [holder for holder in report.holders if holder.generation] == []
 
 

@@ -161,7 +161,7 @@ def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
 
 def test_a_database_that_was_not_moved_needs_no_rebase(app: Path) -> None:
     assert run(app, "db", "upgrade", "app:bus").returncode == 0
-    done = run(app, "db", "rebase", "app:bus")
+    done = run(app, "db", "rebase", "app:bus", "--reason", "restored")
     assert done.returncode == 0, done.stderr
     assert "is where it was: nothing to do" in done.stdout
 

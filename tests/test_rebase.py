@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,14 +110,20 @@ async def test_a_restored_database_delivers_what_was_not_handled_and_nothing_twi
         with pytest.raises(ForeignClusterError, match="whereupon db rebase"):
             await bus_on(new, after).start()
 
+        plan = await publisher.operator.rebasable()
+        assert (plan.needed, plan.number, plan.placed) == (True, 1, 7)
+
         publishing = asyncio.create_task(publish(publisher, range(37, 87)))
         await asyncio.sleep(0.02)
-        done = await publisher.rebase()
+        done = await publisher.operator.rebase("restored", author="ada")
         assert done.needed
         assert done.placed >= 7
         await publishing
         await publish(publisher, range(87, 90))
-        assert (await publisher.rebase()).needed is False
+        assert (await publisher.operator.rebase("restored")).needed is False
+        (action,) = await publisher.operator.actions()
+        assert (action.action, action.author, action.reason, action.subscription) == ("rebase", "ada", "restored", "")
+        assert action.details == {"cluster": done.number, "placed": done.placed}
         await publisher.close()
         async with bus_on(new, after) as bus:
             await bus.drain(20)
@@ -140,10 +148,10 @@ async def test_what_commits_after_a_rebase_and_saw_the_database_before_it_is_del
         slow = publisher.engine.execution_options(isolation_level="REPEATABLE READ")
         async with AsyncSession(slow) as session:
             await session.execute(text("SELECT 1"))  # its snapshot is taken, and knows no new cluster
-            await publisher.rebase()
+            await publisher.operator.rebase("restored")
             await publisher.publish(CrateShipped(number=4), session=session)
             await session.commit()
-        await publisher.rebase()  # or a worker's upkeep, within a minute
+        await publisher.operator.rebase("restored")  # or a worker's upkeep, within a minute
         await publisher.close()
         async with bus_on(new, heard) as bus:
             await bus.drain(20)
@@ -163,7 +171,7 @@ async def test_a_replica_whose_sequence_was_left_behind_goes_on_after_the_last_p
         publisher = bus_on(new, heard, deliver=False)
         async with publisher.engine.begin() as connection:
             await connection.execute(text("SELECT setval('whereupon_log_position', 1, false)"))
-        assert (await publisher.rebase()).needed
+        assert (await publisher.operator.rebase("restored")).needed
         await publish(publisher, range(5, 10))
         await publisher.close()
         async with bus_on(new, heard) as bus:
@@ -171,10 +179,45 @@ async def test_a_replica_whose_sequence_was_left_behind_goes_on_after_the_last_p
     assert heard == Counter(dict.fromkeys(range(10), 2))
 
 
+async def test_the_command_shows_the_plan_and_rebases_only_what_was_said_yes_to(
+    clusters: tuple[PostgresServer, PostgresServer, Path],
+) -> None:
+    low, high, binaries = clusters
+    heard: Counter[int] = Counter()
+    with empty_database(high.url) as old, empty_database(low.url) as new:
+        async with bus_on(old, heard) as bus:
+            await publish(bus, range(3))
+            await bus.drain(20)
+        await asyncio.to_thread(move, old, new, binaries)
+        publisher = bus_on(new, heard, deliver=False)
+        await publish(publisher, range(3, 5))
+        command = [sys.executable, "-m", "whereupon.cli", "db", "rebase", "--url", new, "--reason", "restored"]
+
+        async def run(*more: str) -> subprocess.CompletedProcess[str]:
+            return await asyncio.to_thread(
+                subprocess.run, [*command, *more], capture_output=True, text=True, timeout=60
+            )
+
+        refused = await run()
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "its cluster number 1: 2 subscriptions go on where they stood" in refused.stderr
+        assert "2 events that were published here meanwhile" in refused.stderr
+        assert (await publisher.operator.rebasable()).needed
+        done = await run("--yes", "--author", "ada", "--json")
+        assert json.loads(done.stdout) == {"needed": True, "cluster": 1, "placed": 2}
+        assert "nothing to do" in (await run("--yes")).stdout
+        (action,) = await publisher.operator.actions()
+        assert (action.author, action.reason) == ("ada", "restored")
+        await publisher.close()
+        async with bus_on(new, heard) as bus:
+            await bus.drain(20)
+    assert heard == Counter(dict.fromkeys(range(5), 2))
+
+
 async def test_a_database_that_was_not_moved_needs_no_rebase(database_url: str) -> None:
     heard: Counter[int] = Counter()
     async with bus_on(database_url, heard) as bus:
-        assert (await bus.rebase()).needed is False
+        assert (await bus.operator.rebase("restored")).needed is False
         await publish(bus, range(3))
         await bus.drain(20)
     assert heard == Counter(dict.fromkeys(range(3), 2))

@@ -19,7 +19,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from tests.notebook import Records, until
-from whereupon import DomainEvent, EventBus, Retry, Workflow, _postgres, retention, worker
+from tests.statements import statements
+from whereupon import ActionRefused, DomainEvent, EventBus, Retry, Workflow, _postgres, retention, worker
 from whereupon._postgres import PostgresStore
 from whereupon.retention import Pruned, Upkeep, make_partitions, mark, partitions_of, prune
 
@@ -119,7 +120,7 @@ async def test_what_every_cursor_has_passed_goes_and_positions_go_on(bus: EventB
         await publish(bus, 1, 2, 3)
         await bus.drain(10)
     before = await positions(bus)
-    report = await bus.prune(older_than=ALL)
+    report = await bus.operator.prune("old enough", older_than=ALL)
     assert (report.deleted, report.kept, await positions(bus)) == (3, [], [])
     async with bus:
         await publish(bus, 4)
@@ -611,9 +612,9 @@ async def test_attempts_go_some_time_after_they_were_closed_and_open_ones_stay(b
     await request(3)
     async with bus.workflow(BerthRequest, berth=4) as attempt:
         await execute(bus, "UPDATE whereupon_workflow SET opened_at = '2020-01-01 00:00:00.000000'")
-        assert (await bus.prune(older_than=timedelta(days=1), dry_run=True)).attempts == 2
+        assert (await bus.operator.prunable(older_than=timedelta(days=1))).attempts == 2
         assert len(await rows(bus, "SELECT 1 FROM whereupon_workflow")) == 4
-        assert (await bus.prune(older_than=timedelta(days=1))).attempts == 2
+        assert (await bus.operator.prune("old enough", older_than=timedelta(days=1))).attempts == 2
         kept = await rows(bus, "SELECT state FROM whereupon_workflow ORDER BY closed_at IS NULL")
         assert [row[0] for row in kept] == ["succeeded", "open"]
         async with sessions.begin() as session:
@@ -806,17 +807,62 @@ async def test_the_command_shows_the_plan_then_prunes_and_names_what_holds_back(
         await bus.drain(10)
     await bus.engine.dispose()
     url = bus.engine.url.render_as_string(hide_password=False)
-    planned = await asyncio.to_thread(whereupon, "--url", url, "--older-than", "0s", "--dry-run")
+    about = ("--url", url, "--older-than", "0s")
+    planned = await asyncio.to_thread(whereupon, *about, "--dry-run")
     assert (planned.returncode, "2 would go one by one" in planned.stdout) == (0, True), planned
+    silent = await asyncio.to_thread(whereupon, *about)
+    assert (silent.returncode, "say why: --reason" in silent.stderr) == (2, True), silent
+    unasked = await asyncio.to_thread(whereupon, *about, "--reason", "full disk")
+    assert (unasked.returncode, "add --yes" in unasked.stderr) == (2, True), unasked
+    assert "2 would go one by one" in unasked.stderr
     assert len(await positions(bus)) == 3
-    done = await asyncio.to_thread(whereupon, "--url", url, "--older-than", "0s", "--json")
+    assert await bus.operator.actions() == []
+    why = ("--reason", "full disk", "--author", "ada", "--yes")
+    done = await asyncio.to_thread(whereupon, *about, *why, "--rate", "500", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["deleted"], [holder["subscription"] for holder in told["holders"]]) == (2, ["asleep"])
-    shown = await asyncio.to_thread(whereupon, "--url", url, "--older-than", "0s")
+    (action,) = await bus.operator.actions()
+    assert (action.action, action.author, action.reason, action.subscription) == ("prune", "ada", "full disk", "")
+    assert action.details == {
+        "older_than": 0, "rate": 500, "finished": True, "dropped": [], "deleted": 2, "history": 0, "attempts": 0
+    }  # fmt: skip
+    shown = await asyncio.to_thread(whereupon, *about, *why)
     assert "asleep (lane 0: paused" in shown.stdout
-    refused = await asyncio.to_thread(whereupon, "--url", url, "--older-than", "soon")
-    assert (refused.returncode, "as in 30d" in refused.stderr) == (2, True)
+    soon = await asyncio.to_thread(whereupon, "--url", url, "--older-than", "soon", *why)
+    assert (soon.returncode, "as in 30d" in soon.stderr) == (2, True)
+
+
+async def test_pruning_at_a_rate_takes_no_more_at_once_than_a_second_may_have(bus: EventBus) -> None:
+    heard_by(bus, "awake")
+    async with bus:
+        await publish(bus, *range(5))
+        await bus.drain(10)
+    with statements(bus.engine.sync_engine) as sent:
+        report = await bus.operator.prune("full disk", older_than=ALL, rate=2)
+    assert report.deleted == 5
+    assert sum("DELETE FROM" in one.sql and "whereupon_log" in one.sql for one in sent) == 3
+    for rate in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ActionRefused, match="would never end"):
+            await bus.operator.prune("full disk", older_than=ALL, rate=rate)
+    with pytest.raises(ActionRefused, match="say why"):
+        await bus.operator.prune(" ", older_than=ALL)
+
+
+async def test_of_a_pruning_that_was_interrupted_it_is_known_who_began_it(bus: EventBus) -> None:
+    heard_by(bus, "awake")
+    async with bus:
+        await publish(bus, *range(4))
+        await bus.drain(10)
+
+    def full(line: str) -> None:
+        raise RuntimeError(line)
+
+    with pytest.raises(RuntimeError, match="deleted"):
+        await bus.operator.prune("full disk", older_than=ALL, rate=2, author="ada", progress=full)
+    (action,) = await bus.operator.actions()
+    assert (action.author, action.details) == ("ada", {"older_than": 0, "rate": 2, "finished": False})
+    assert len(await positions(bus)) == 2
 
 
 # --- SQLite -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What operators do: pause and resume, settle dead letters, retire a subscription, change the number of its lanes.
+"""What operators do: pause and resume, settle dead letters, retire a subscription, change its lanes, prune the log.
 
 Whoever changes a delivery by hand locks the cursor's row of its lane first, as the lane's owner does for everything it
 settles: so one of them sees what the other has committed, and no delivery is left parked behind nobody. The owner need
@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -26,12 +26,16 @@ from sqlalchemy import delete, func, insert, literal_column, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from whereupon import cluster, retention
 from whereupon.causes import DeadGroup, Outcomes, dead_groups, outcomes
+from whereupon.cluster import Rebase
 from whereupon.codec import Codec
 from whereupon.context import decode_metadata
 from whereupon.errors import ActionRefused, EventDecodingError, EventEncodingError
 from whereupon.event import DomainEvent
 from whereupon.lane import key_of, lost_a_race
+from whereupon.pace import Pace, check_rate
+from whereupon.retention import Pruned
 from whereupon.schema import action as action_table
 from whereupon.schema import cursor as cursor_table
 from whereupon.schema import exception, log, process, without_nul
@@ -80,8 +84,9 @@ class Action:
     at: datetime
     author: str
     action: str
-    """pause, resume, retry, edit, skip, retire, lanes, adopt, replay or backfill."""
+    """pause, resume, retry, edit, skip, retire, lanes, adopt, replay, backfill, prune or rebase."""
     subscription: str
+    """Empty for a prune or a rebase, which are of the whole database."""
     generation: int | None
     position: int | None
     event_id: UUID | None
@@ -472,18 +477,15 @@ class Operator:
         rate: float | None,
         progress: Callable[[int], None] | None,
     ) -> int:
-        if rate is not None and not 0 < rate < float("inf"):
-            raise ActionRefused(f"{what} at {rate} a second would never end: say more than 0, or None")
-        at_once = CHUNK if rate is None else max(1, min(CHUNK, int(rate)))
-        changed, began = 0, time.monotonic()
+        pace = Pace(what, rate, CHUNK)
+        changed = 0
         by_lane: dict[LaneKey, list[int]] = {}
         for row in chosen:
             by_lane.setdefault(_lane(row), []).append(row.id)
         for lane, ids in by_lane.items():  # one lane at a time: a worker may lock several, in an order of its own
-            for start in range(0, len(ids), at_once):
-                if rate is not None and (early := began + changed / rate - time.monotonic()) > 0:
-                    await asyncio.sleep(early)
-                changed += await self._settle_some(what, lane, ids[start : start + at_once], by)
+            for start in range(0, len(ids), pace.at_once):
+                await pace.keep(changed)
+                changed += await self._settle_some(what, lane, ids[start : start + pace.at_once], by)
                 if progress is not None:
                     progress(changed)
         return changed
@@ -693,8 +695,7 @@ class Operator:
         until: datetime | None,
         rate: float | None,
     ) -> int:
-        if rate is not None and not 0 < rate < float("inf"):
-            raise ActionRefused(f"a {what} at {rate} deliveries a second would never end: say more than 0, or None")
+        check_rate(what, rate)
         for name, moment in (("since", since), ("until", until)):
             if moment is not None and moment.tzinfo is None:
                 raise ActionRefused(f"{name}={moment} is in no time zone: write datetime(…, tzinfo=UTC)")
@@ -947,6 +948,78 @@ class Operator:
         for key in keys:
             await self._store.unpark(connection, Cursor(LaneKey(name, 0, lane_for(key, 0)), token, end), [key])
 
+    # --- the database -----------------------------------------------------------------------------------------------
+
+    async def prunable(self, *, older_than: timedelta) -> Pruned:
+        """What `prune` would delete, and what holds back the rest."""
+        await self._ready()
+        with self._store.reaching():
+            return await retention.prune(self._store, older_than, dry_run=True)
+
+    async def prune(
+        self,
+        reason: str,
+        *,
+        older_than: timedelta,
+        rate: float | None = None,
+        author: str | None = None,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> Pruned:
+        """Delete events recorded longer ago than that which every subscription has passed; tell what stays, and why.
+
+        Whatever a cursor has not passed is kept, however old: one of a subscription that is paused, or that no worker
+        serves any more, too. Dead letters hold a copy of their event and keep nothing. On PostgreSQL whole partitions
+        are dropped, by a user who owns the tables; what goes row by row goes `rate` a second, at most. Raises
+        `ValueError` for a negative age, `DatabaseError` and `SchemaError`; what went until then is gone.
+        """
+        by = _by(reason, author)
+        details: dict[str, Any] = {"older_than": older_than.total_seconds(), "rate": rate}
+
+        async def begin(connection: AsyncConnection) -> int:
+            return await self._record(connection, by, "prune", "", details={**details, "finished": False})
+
+        retention.check_age(older_than)
+        check_rate("prune", rate)
+        recorded = await self._changing(begin)  # by now it is known who began, should it be interrupted
+        with self._store.reaching():
+            report = await retention.prune(self._store, older_than, rate=rate, on_progress=progress)
+        details |= {
+            "finished": True,
+            "dropped": [dropped.name for dropped in report.dropped],
+            "deleted": report.deleted,
+            "history": report.history,
+            "attempts": report.attempts,
+        }
+
+        async def end(connection: AsyncConnection) -> None:
+            await connection.execute(
+                update(action_table).where(action_table.c.id == recorded).values(details=without_nul(details))
+            )
+
+        await self._changing(end)
+        return report
+
+    async def rebasable(self) -> Rebase:
+        """What `rebase` would do."""
+        async with self._reading() as connection:
+            return await cluster.plan(connection)
+
+    async def rebase(self, reason: str, *, author: str | None = None) -> Rebase:
+        """Go on in the PostgreSQL cluster that the database was restored or replicated into; see `cluster`.
+
+        Safe to repeat. Publishers wait for it, and it waits for those that have written and not committed.
+        """
+        by = _by(reason, author)
+
+        async def change(connection: AsyncConnection) -> Rebase:
+            done = await cluster.rebase(connection)
+            if done.needed or done.placed:
+                details = {"cluster": done.number, "placed": done.placed}
+                await self._record(connection, by, "rebase", "", details=details)
+            return done
+
+        return await self._changing(change)
+
     # --- in the database --------------------------------------------------------------------------------------------
 
     @asynccontextmanager
@@ -1055,22 +1128,25 @@ class Operator:
         subscription: str,
         row: Any = None,
         details: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> int:
+        """Keep what is done with who does it and why; return the row's id."""
         author, reason = by
-        await connection.execute(
-            insert(action_table),
-            {
-                "at": self._store.later(0),
-                "author": author,
-                "action": what,
-                "subscription": subscription,
-                "generation": None if row is None else row.generation,
-                "position": None if row is None else row.position,
-                "event_id": None if row is None else row.event_id,
-                "reason": reason,
-                "details": without_nul(dict(details or {})),
-            },
+        recorded = await connection.scalar(
+            insert(action_table)
+            .values(
+                at=self._store.later(0),
+                author=author,
+                action=what,
+                subscription=subscription,
+                generation=None if row is None else row.generation,
+                position=None if row is None else row.position,
+                event_id=None if row is None else row.event_id,
+                reason=reason,
+                details=without_nul(dict(details or {})),
+            )
+            .returning(action_table.c.id)
         )
+        return int(recorded or 0)
 
 
 async def _pause(connection: AsyncConnection, name: str, paused: bool) -> None:

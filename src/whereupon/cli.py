@@ -139,6 +139,38 @@ async def _started(bus: EventBus, stop: asyncio.Event) -> bool:
             wait = min(wait * 2, 30.0)
 
 
+Reason = Annotated[str, Parameter(help="Why; kept with what is done.")]
+Author = Annotated[str | None, Parameter(help="Who does it; the user of this machine unless given.")]
+Yes = Annotated[bool, Parameter(negative="", help="Do it without asking.")]
+Name = Annotated[str, Parameter(help="The subscription.")]
+Event = Annotated[UUID, Parameter(help="The event's id.")]
+Only = Annotated[str | None, Parameter(help="Of this subscription.")]
+Fingerprint = Annotated[str | None, Parameter(help="Of this cause, as `dead groups` names it.")]
+ErrorType = Annotated[str | None, Parameter(help="That died of this error, as `ValueError`.")]
+
+
+def _confirm(plan: str, yes: bool) -> bool:
+    """Show what is to be done, and ask whether to do it. Raises `Refused` where nobody can be asked."""
+    say(plan)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise Refused("nobody can be asked whether to do this, since stdin is no terminal: add --yes")
+    err.print("Do it? [y/N] ", end="", markup=False, highlight=False)
+    if input().strip().lower() in ("y", "yes"):
+        return True
+    say("nothing was changed.")
+    return False
+
+
+def _done(text: str, as_json: bool, **facts: Any) -> int:
+    if as_json:
+        answer_json(facts)
+    else:
+        answer(text)
+    return 0
+
+
 @db.command
 def upgrade(target: Where = None, /, *, url: Url = None) -> int:
     """Create whereupon's tables, or bring them up to this version.
@@ -181,29 +213,48 @@ def status(target: Where = None, /, *, url: Url = None) -> int:
 
 
 @db.command
-def rebase(target: Where = None, /, *, url: Url = None) -> int:
+def rebase(
+    target: Where = None,
+    /,
+    *,
+    reason: Reason,
+    author: Author = None,
+    url: Url = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
     """Go on in the PostgreSQL cluster that the database was restored or replicated into.
 
     Needed once after a restore from a dump, a switch to a logical replica or pg_upgrade: until then nothing is
     delivered, and what is published waits. Each subscription goes on where it stood. Safe to repeat.
     """
-    bus = bus_for(target, url)
 
-    async def run() -> Rebase:
-        try:
-            return await bus.rebase()
-        finally:
-            await dispose(bus)
-
-    done = asyncio.run(run())
-    if done.needed:
-        answer(
+    async def work(bus: EventBus) -> int:
+        plan = await bus.operator.rebasable()
+        if not plan.needed and not plan.placed:
+            return _rebased(f"{bus.database} is where it was: nothing to do.", plan, as_json)
+        subscriptions = len(await bus.operator.handlers())
+        head = (
+            f"{bus.database} was in another PostgreSQL cluster. Go on in this one, its cluster number {plan.number}: "
+            f"{subscriptions} subscriptions go on where they stood, the leases of the old cluster's workers end"
+            if plan.needed
+            else f"{bus.database} goes on in this cluster already"
+        )
+        waiting = f"{plan.placed} events that were published here meanwhile are delivered after all older ones"
+        if not _confirm(f"{head}; {waiting}. Publishers wait for it.", yes):
+            return EXIT_ERROR
+        done = await bus.operator.rebase(reason, author=author)
+        text = (
             f"{bus.database} goes on here, its cluster number {done.number}. {done.placed} events that were published "
             "here before this are delivered after all older ones. Start the workers."
         )
-    else:
-        answer(f"{bus.database} is where it was: nothing to do.")
-    return 0
+        return _rebased(text, done, as_json)
+
+    return operate(target, url, work)
+
+
+def _rebased(text: str, done: Rebase, as_json: bool) -> int:
+    return _done(text, as_json, needed=done.needed, cluster=done.number, placed=done.placed)
 
 
 @db.command
@@ -212,9 +263,15 @@ def prune(
     /,
     *,
     older_than: Annotated[str, Parameter(help="The age from which events go: 30d, 12h, 90m, 45s or 2w.")],
+    reason: Annotated[str | None, Parameter(help="Why; kept with what is done. Needed without --dry-run.")] = None,
+    rate: Annotated[float | None, Parameter(help="So many rows a second, at most, of what goes one by one.")] = None,
+    author: Author = None,
     url: Url = None,
-    dry_run: Annotated[bool, Parameter(help="Only say what would go, and what holds back what.")] = False,
-    json: Annotated[bool, Parameter(name="--json", help="Answer in JSON.")] = False,
+    yes: Yes = False,
+    dry_run: Annotated[
+        bool, Parameter(negative="", help="Only say what would go, and what holds back what; exit code 0.")
+    ] = False,
+    as_json: Json = False,
 ) -> int:
     """Delete old events that every subscription has passed, and tell what stays.
 
@@ -223,17 +280,25 @@ def prune(
     audit trail is never pruned.
     """
     age = age_of(older_than)
-    bus = bus_for(target, url)
+    if reason is None and not dry_run:
+        raise Refused("say why: --reason TEXT is kept with what is done. --dry-run only says what would go")
 
-    async def run() -> Pruned:
-        try:
-            return await bus.prune(older_than=age, dry_run=dry_run, on_progress=say)
-        finally:
-            await dispose(bus)
+    async def work(bus: EventBus) -> int:
+        plan = await bus.operator.prunable(older_than=age)
+        if dry_run:
+            return _pruned(plan, as_json)
+        speed = "" if rate is None else f"\nat {rate:g} rows a second"
+        if not _confirm("\n".join(("prune:", *_told(plan))) + speed, yes):
+            return EXIT_ERROR
+        report = await bus.operator.prune(str(reason), older_than=age, rate=rate, author=author, progress=say)
+        return _pruned(report, as_json)
 
-    report = asyncio.run(run())
-    if json:
-        answer(msgspec.json.encode({**msgspec.to_builtins(report), "holders": report.holders}).decode())
+    return operate(target, url, work)
+
+
+def _pruned(report: Pruned, as_json: bool) -> int:
+    if as_json:
+        answer_json({**msgspec.to_builtins(report), "holders": report.holders})
         return 0
     for line in _told(report):
         answer(line)
@@ -259,37 +324,6 @@ def _told(report: Pruned) -> Iterator[str]:
 
 
 # --- operating --------------------------------------------------------------------------------------------------------
-
-Reason = Annotated[str, Parameter(help="Why; kept with what is done.")]
-Author = Annotated[str | None, Parameter(help="Who does it; the user of this machine unless given.")]
-Yes = Annotated[bool, Parameter(negative="", help="Do it without asking.")]
-Name = Annotated[str, Parameter(help="The subscription.")]
-Event = Annotated[UUID, Parameter(help="The event's id.")]
-Only = Annotated[str | None, Parameter(help="Of this subscription.")]
-Fingerprint = Annotated[str | None, Parameter(help="Of this cause, as `dead groups` names it.")]
-ErrorType = Annotated[str | None, Parameter(help="That died of this error, as `ValueError`.")]
-
-
-def _confirm(plan: str, yes: bool) -> bool:
-    """Show what is to be done, and ask whether to do it. Raises `Refused` where nobody can be asked."""
-    say(plan)
-    if yes:
-        return True
-    if not sys.stdin.isatty():
-        raise Refused("nobody can be asked whether to do this, since stdin is no terminal: add --yes")
-    err.print("Do it? [y/N] ", end="", markup=False, highlight=False)
-    if input().strip().lower() in ("y", "yes"):
-        return True
-    say("nothing was changed.")
-    return False
-
-
-def _done(text: str, as_json: bool, **facts: Any) -> int:
-    if as_json:
-        answer_json(facts)
-    else:
-        answer(text)
-    return 0
 
 
 @handlers.command(name="list")

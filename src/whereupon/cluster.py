@@ -28,7 +28,7 @@ UNPLACED: Final = 1 << 62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebase:
-    """What `rebase` did."""
+    """What `rebase` did, or would do."""
 
     needed: bool
     """Whether the database was in a cluster that it did not know."""
@@ -53,21 +53,33 @@ async def check(store: Store) -> None:
         )
 
 
-async def rebase(store: Store) -> Rebase:
-    """Make the cluster that the database is in the one its cursors and its log go on in. Safe to repeat.
-
-    Publishers wait for it, and it waits for those that have written and not committed.
-    """
-    if store.engine.dialect.name != "postgresql":
+async def plan(connection: AsyncConnection) -> Rebase:
+    """What `rebase` would do, as far as what is committed by now goes."""
+    if connection.dialect.name != "postgresql":
         return Rebase(needed=False, number=0, placed=0)
-    with store.reaching():
-        async with store.writing() as connection:
-            await connection.execute(text("LOCK TABLE whereupon_log IN SHARE ROW EXCLUSIVE MODE"))
-            needed = await _foreign(connection)
-            if needed:
-                await _make_known(connection)
-            placed = await place(connection)
-            number = await connection.scalar(text("SELECT max(number) FROM whereupon_cluster"))
+    needed = await _foreign(connection)
+    number = await connection.scalar(text("SELECT max(number) FROM whereupon_cluster"))
+    waiting = await connection.scalar(
+        text("SELECT count(*) FROM whereupon_log WHERE tx_id >= CAST(CAST(:unplaced AS text) AS xid8)").bindparams(
+            unplaced=UNPLACED
+        )
+    )
+    return Rebase(needed=needed, number=int(number) + needed, placed=int(waiting))
+
+
+async def rebase(connection: AsyncConnection) -> Rebase:
+    """Make the cluster that the database is in the one its cursors and its log go on in, when that commits.
+
+    Safe to repeat. Publishers wait for it, and it waits for those that have written and not committed.
+    """
+    if connection.dialect.name != "postgresql":
+        return Rebase(needed=False, number=0, placed=0)
+    await connection.execute(text("LOCK TABLE whereupon_log IN SHARE ROW EXCLUSIVE MODE"))
+    needed = await _foreign(connection)
+    if needed:
+        await _make_known(connection)
+    placed = await place(connection)
+    number = await connection.scalar(text("SELECT max(number) FROM whereupon_cluster"))
     return Rebase(needed=needed, number=int(number), placed=placed)
 
 

@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -56,7 +56,6 @@ from whereupon.lane import key_of
 from whereupon.logs import message_of, trace_of
 from whereupon.memory import session_required
 from whereupon.observer import FAILED, SUCCEEDED, Observer, Observing, Run
-from whereupon.retention import Pruned, prune
 from whereupon.store import (
     DEAD,
     OPEN,
@@ -821,28 +820,6 @@ class EventBus(Subscribing):
     async def create_tables(self) -> None:
         """Create or upgrade whereupon's tables. Raises `DatabaseUnavailableError` or `SchemaError`."""
         await self._store.create_tables()
-
-    async def prune(
-        self,
-        *,
-        older_than: timedelta,
-        dry_run: bool = False,
-        on_progress: Callable[[str], None] = lambda line: None,
-    ) -> Pruned:
-        """Delete events recorded longer ago than that which every subscription has passed; tell what stays, and why.
-
-        Whatever a cursor has not passed is kept, however old: one of a subscription that is paused, or that no worker
-        serves any more, too. Dead letters hold a copy of their event and keep nothing. On PostgreSQL whole partitions
-        are dropped, by a user who owns the tables. Raises `DatabaseError` or `SchemaError`.
-        """
-        self._check_loop()
-        await self._store.prepare(create=False)
-        with self._store.reaching():
-            return await prune(self._store, older_than, dry_run=dry_run, on_progress=on_progress)
-
-    async def rebase(self) -> cluster.Rebase:
-        """Go on in the PostgreSQL cluster that the database was restored or replicated into; see `cluster`."""
-        return await cluster.rebase(self._store)
 
     # --- what became of events --------------------------------------------------------------------------------------
 

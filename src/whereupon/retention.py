@@ -32,6 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from whereupon._postgres import PostgresStore
 from whereupon.cluster import place
 from whereupon.logs import message_of
+from whereupon.pace import Pace
 from whereupon.schema import cursor as cursor_table
 from whereupon.schema import history, log, meta, process, workflow
 from whereupon.schema import subscription as subscription_table
@@ -140,24 +141,31 @@ async def prune(
     store: Store,
     older_than: timedelta,
     *,
-    history_older_than: timedelta = HISTORY,
     patience: timedelta = timedelta(0),
     dry_run: bool = False,
+    rate: float | None = None,
     on_progress: Progress = lambda line: None,
 ) -> Pruned:
     """Delete events that were recorded longer ago than that and that every cursor has passed; tell what stays and why.
 
     A partition of PostgreSQL that is partly younger loses its old events row by row, but only those that have outlived
-    the age by `patience` more. Raises `ValueError` for a negative age, and what the database raises.
+    the age by `patience` more. What goes row by row goes `rate` a second, at most. Raises `ValueError` for a negative
+    age, and what the database raises.
     """
-    if older_than < timedelta(0) or history_older_than < timedelta(0):
-        raise ValueError(f"prune(older_than={older_than}): an age is not negative")
+    check_age(older_than)
     now = await _now(store)
+    pace = Pace("prune", None if dry_run else rate, BATCH)
     report = Pruned(now - older_than, dry_run)
     pruning = _prune_postgres if _on_postgres(store) else _prune_sqlite
-    await pruning(store, report, patience, on_progress)
-    report.history, report.attempts = await _forget(store, now - history_older_than, dry_run)
+    await pruning(store, report, patience, pace, on_progress)
+    report.history, report.attempts = await _forget(store, now - HISTORY, dry_run, pace, report.deleted)
     return report
+
+
+def check_age(age: timedelta) -> None:
+    """Raises `ValueError` for one that lies in the future."""
+    if age < timedelta(0):
+        raise ValueError(f"prune(older_than={age}): an age is not negative")
 
 
 def _on_postgres(store: Store) -> TypeGuard[PostgresStore]:
@@ -173,23 +181,27 @@ async def _now(store: Store) -> datetime:
         return found
 
 
-async def _forget(store: Store, before: datetime, dry_run: bool) -> tuple[int, int]:
+async def _forget(store: Store, before: datetime, dry_run: bool, pace: Pace, done: int) -> tuple[int, int]:
     """Delete what is only looked back at: calls and closed attempts that ended before; how many these were."""
-    calls = await _delete_before(store, history.c.id, history.c.recorded_at, before, dry_run)
-    return calls, await _delete_before(store, workflow.c.id, workflow.c.closed_at, before, dry_run)
+    calls = await _delete_before(store, history.c.id, history.c.recorded_at, before, dry_run, pace, done)
+    done += calls
+    return calls, await _delete_before(store, workflow.c.id, workflow.c.closed_at, before, dry_run, pace, done)
 
 
-async def _delete_before(store: Store, key: Column[Any], at: Column[Any], before: datetime, dry_run: bool) -> int:
+async def _delete_before(
+    store: Store, key: Column[Any], at: Column[Any], before: datetime, dry_run: bool, pace: Pace, done: int
+) -> int:
     if dry_run:
         async with store.reading() as connection:
             return int(await connection.scalar(select(func.count()).where(at < before)) or 0)
     gone = 0
     while True:
+        await pace.keep(done + gone)
         async with store.writing() as connection:
-            batch = select(key).where(at < before).order_by(at).limit(BATCH)
+            batch = select(key).where(at < before).order_by(at).limit(pace.at_once)
             found = await connection.execute(delete(key.table).where(key.in_(batch)))
         gone += found.rowcount
-        if found.rowcount < BATCH:
+        if found.rowcount < pace.at_once:
             return gone
         await asyncio.sleep(BREATH)
 
@@ -197,7 +209,7 @@ async def _delete_before(store: Store, key: Column[Any], at: Column[Any], before
 # --- SQLite -----------------------------------------------------------------------------------------------------------
 
 
-async def _prune_sqlite(store: Store, report: Pruned, patience: timedelta, on_progress: Progress) -> None:
+async def _prune_sqlite(store: Store, report: Pruned, patience: timedelta, pace: Pace, on_progress: Progress) -> None:
     """Writers take turns here, so what every cursor has passed is what no page of theirs has still before it."""
     async with store.reading() as connection:
         # positions follow time: nothing beyond the first that is young is looked at
@@ -210,12 +222,13 @@ async def _prune_sqlite(store: Store, report: Pruned, patience: timedelta, on_pr
             report.kept = await _held_on_sqlite(connection, report)
         return
     while True:
+        await pace.keep(report.deleted)
         async with store.writing() as connection:
             await store.exclusively(connection, "retention")
-            batch = select(log.c.position).where(old).order_by(log.c.position).limit(BATCH)
+            batch = select(log.c.position).where(old).order_by(log.c.position).limit(pace.at_once)
             gone = (await connection.execute(delete(log).where(log.c.position.in_(batch)))).rowcount
         report.deleted += gone
-        if gone < BATCH:
+        if gone < pace.at_once:
             break
         on_progress(f"{report.deleted} events deleted")
         await asyncio.sleep(BREATH)
@@ -283,7 +296,7 @@ class _Busy(Exception):
     """A transaction is in the way; later it may not be."""
 
 
-async def _prune_postgres(store: Store, report: Pruned, patience: timedelta, on_progress: Progress) -> None:
+async def _prune_postgres(store: Store, report: Pruned, patience: timedelta, pace: Pace, on_progress: Progress) -> None:
     if not report.dry_run:
         await make_partitions(store)
     async with store.reading() as connection:
@@ -292,7 +305,8 @@ async def _prune_postgres(store: Store, report: Pruned, patience: timedelta, on_
     for partition in partitions:
         if partition.end <= last and await _drop(store, partition, report, on_progress):
             continue
-        await _delete_rows(store, partition, report, timedelta(0) if partition.default else patience, on_progress)
+        own_patience = timedelta(0) if partition.default else patience
+        await _delete_rows(store, partition, report, own_patience, pace, on_progress)
 
 
 async def partitions_of(connection: AsyncConnection) -> list[Partition]:
@@ -426,7 +440,7 @@ def _state(error: DBAPIError) -> str | None:
 
 
 async def _delete_rows(
-    store: Store, partition: Partition, report: Pruned, patience: timedelta, on_progress: Progress
+    store: Store, partition: Partition, report: Pruned, patience: timedelta, pace: Pace, on_progress: Progress
 ) -> None:
     """Delete what is old and passed by all, in the order of positions, as far as there is any in a batch."""
     before = report.before - patience
@@ -436,12 +450,13 @@ async def _delete_rows(
         return
     deleted = after = 0
     while first < before:
+        await pace.keep(report.deleted + deleted)
         async with store.writing() as connection:
             await store.exclusively(connection, "retention")
-            values = {"before": before, "after": after, "limit": BATCH}
+            values = {"before": before, "after": after, "limit": pace.at_once}
             row = (await connection.execute(_batch(partition.name, report.dry_run), values)).one()
         deleted += row.gone
-        if not row.gone or row.seen < BATCH:  # behind a batch in which nothing may go little will
+        if not row.gone or row.seen < pace.at_once:  # behind a batch in which nothing may go little will
             break
         after = row.last
         on_progress(f"{deleted} events of {partition.name} deleted")
@@ -618,7 +633,7 @@ class Upkeep:
         if not await self._my_turn():
             return
         if self._retain is None:
-            await _forget(self._store, await _now(self._store) - HISTORY, False)
+            await _forget(self._store, await _now(self._store) - HISTORY, False, Pace("prune", None, BATCH), 0)
             return
         report = await prune(self._store, self._retain, patience=PATIENCE)
         self._log(
