@@ -99,6 +99,40 @@ async def test_measuring_takes_no_more_statements_for_a_longer_log(bus: EventBus
     assert numbers[0] == numbers[1]
 
 
+async def test_many_handlers_that_have_settled_all_take_no_more_statements_than_one(bus: EventBus) -> None:
+    numbers = []
+    for more in (0, 40):
+        for number in range(more):
+            bus.subscribe(FerryDelayed, announce, name=f"announce {number}")
+        await bus.deliveries()  # which registers them
+        with statements(bus.engine.sync_engine) as seen:
+            assert [lag.oldest for lag in await bus.lags()] == [None] * (1 + more)
+        numbers.append(len(seen))
+    assert numbers[1] <= numbers[0] + 1  # those that were registered later stand at another place
+
+
+async def test_what_lies_far_beyond_the_events_of_other_lanes_is_owed(database_url: str) -> None:
+    others, held = [FerryDelayed(line="north") for _ in range(150)], FerryDelayed(line="held")
+    let_go = asyncio.Event()
+    bus = EventBus(database_url, create_tables=True, poll_interval=0.05)
+
+    @bus.subscribe(FerryDelayed, name="announce", ordered_by="line")
+    async def announce(event: FerryDelayed) -> None:
+        if event.line == "held":
+            await let_go.wait()
+
+    async with bus:
+        await delay(bus, *others, held)
+        await bus.wait_settled(others, 30)
+        [lag] = await bus.lags()
+        assert lag.oldest is not None
+        assert lag.oldest.event_id == held.event_id
+        let_go.set()
+        await bus.wait_settled([held], 30)
+        await bus.drain(30)
+        assert [lag.oldest for lag in await bus.lags()] == [None]
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"),
     [("30s", 30.0), ("5m", 300.0), ("250 ms", 0.25), ("1.5h", 5400.0), (2, 2.0), (timedelta(days=1), 86400.0)],

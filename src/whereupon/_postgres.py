@@ -292,17 +292,18 @@ class PostgresStore(Store):
     async def end(self, connection: AsyncConnection) -> Place:
         return Place(str(await connection.scalar(text("SELECT CAST(whereupon_snapshot() AS text)"))))
 
-    async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
+    async def standing(self, connection: AsyncConnection, names: Sequence[str]) -> list[Cursor]:
         rows = await connection.execute(
             text(
-                "SELECT generation, lane, token, CAST(snapshot AS text) AS snapshot, CAST(target AS text) AS target, "
-                "page, done FROM whereupon_cursor WHERE subscription = :name ORDER BY generation, lane"
+                "SELECT subscription, generation, lane, token, CAST(snapshot AS text) AS snapshot, "
+                "CAST(target AS text) AS target, page, done FROM whereupon_cursor "
+                "WHERE subscription = ANY(:names) ORDER BY subscription, generation, lane"
             ),
-            {"name": name},
+            {"names": list(names)},
         )
         return [
             Cursor(
-                LaneKey(name, row.generation, row.lane),
+                LaneKey(row.subscription, row.generation, row.lane),
                 row.token,
                 Place(row.snapshot, row.target, row.page),
                 set(row.done),

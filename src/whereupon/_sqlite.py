@@ -220,16 +220,15 @@ class SQLiteStore(Store):
         last = await connection.scalar(text("SELECT seq FROM sqlite_sequence WHERE name = 'whereupon_log'"))
         return int(last or 0)
 
-    async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
+    async def standing(self, connection: AsyncConnection, names: Sequence[str]) -> list[Cursor]:
+        key = (cursor_table.c.subscription, cursor_table.c.generation, cursor_table.c.lane)
         rows = await connection.execute(
-            select(
-                cursor_table.c.generation, cursor_table.c.lane, cursor_table.c.token, cursor_table.c.page, text("done")
-            )
-            .where(cursor_table.c.subscription == name)
-            .order_by(cursor_table.c.generation, cursor_table.c.lane)
+            select(*key, cursor_table.c.token, cursor_table.c.page, text("done"))
+            .where(cursor_table.c.subscription.in_(names))
+            .order_by(*key)
         )
         return [
-            Cursor(LaneKey(name, row.generation, row.lane), row.token, row.page, set(json.loads(row.done)))
+            Cursor(LaneKey(row.subscription, row.generation, row.lane), row.token, row.page, set(json.loads(row.done)))
             for row in rows
         ]
 

@@ -807,7 +807,7 @@ class Operator:
         while True:
             await self._given_up(declared.name, deadline, progress)
             async with self._reading() as connection:
-                standing = await self._store.standing(connection, declared.name)
+                standing = await self._store.standing(connection, [declared.name])
                 end = await self._store.end(connection)
             if any(cursor.key.generation for cursor in standing):
                 raise ActionRefused(f"{declared.name} is being replayed: change its lanes when that has ended")

@@ -669,8 +669,8 @@ class Store(abc.ABC):
         """The place that has everything behind it that is committed now."""
 
     @abc.abstractmethod
-    async def standing(self, connection: AsyncConnection, name: str) -> list[Cursor]:
-        """The cursors of a subscription, with what is done beyond their places, and no exceptions."""
+    async def standing(self, connection: AsyncConnection, names: Sequence[str]) -> list[Cursor]:
+        """The cursors of subscriptions, with what is done beyond their places, and no exceptions."""
 
     async def mark_alone(self, connection: AsyncConnection, owner: UUID, alone: bool) -> None:
         """Tell who takes over from this worker whether only what is recorded as running alone is in flight."""
