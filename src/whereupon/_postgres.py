@@ -555,7 +555,7 @@ class PostgresStore(Store):
         raise lost(move.cursor)
 
     def _kept(self, worker: UUID, remembered: Sequence[Remembered]) -> dict[str, Any]:
-        kept = [self._remembered(worker, one) for one in remembered]
+        kept = list(self._pages(worker, remembered))
         return {
             "worker": worker,
             "kept_names": [one["subscription"] for one in kept],

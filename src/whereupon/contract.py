@@ -38,6 +38,7 @@ from whereupon.event import DomainEvent
 from whereupon.schema import exception, history, process
 from whereupon.store import (
     DEAD,
+    HISTORY_SPAN,
     PARKED,
     RETRYING,
     RUNNING,
@@ -53,6 +54,7 @@ from whereupon.store import (
     Remembered,
     Row,
     Store,
+    in_history,
 )
 from whereupon.subscription import Subscription, Subscriptions
 
@@ -542,6 +544,22 @@ class StoreContract:
         )
         assert told[events[1], "one"].attempts == 2
         assert told[events[1], "two"].started_at is None
+
+    async def test_calls_for_events_that_lie_far_apart_are_found_though_no_look_goes_far(self, store: Store) -> None:
+        await register(store, "one")
+        cursor, owner = await claim(store, name="one"), await worker(store)
+        far = 7 * HISTORY_SPAN
+        positions = [1, far, far + 1, HISTORY_SPAN - 1, far + HISTORY_SPAN]
+        calls = [Entry(position, 0, 1500, 1, "succeeded") for position in positions]
+        async with store.writing() as connection:
+            await store.move(connection, Move(cursor, cursor.place, [], []), owner, [Remembered("one", 0, calls)])
+        async with store.reading() as connection:
+            for position in positions:
+                found = await connection.execute(select(history).where(*in_history(position, position)))
+                assert sum(f"[{position}," in row.entries for row in found) == 1
+            kept = (await connection.execute(select(history))).all()
+        assert max(row.last_position - row.first_position for row in kept) < HISTORY_SPAN
+        assert sum(row.entries.count('"succeeded"') for row in kept) == len(positions)
 
     # --- exceptions -------------------------------------------------------------------------------------------------
 

@@ -230,12 +230,36 @@ class Entry(msgspec.Struct, gc=False, frozen=True, array_like=True):
     outcome: str
 
 
+HISTORY_SPAN: Final = 10_000
+"""Positions apart that calls may be which one row of the history keeps: a look for one position passes over no more."""
+
+
 class Remembered(NamedTuple):
-    """Calls of one subscription's handler, to be kept as a row of the history."""
+    """Calls of one subscription's handler, to be kept in a row of the history, or a few."""
 
     subscription: str
     generation: int
     entries: list[Entry]
+
+
+def _by_stretch(entries: list[Entry]) -> Iterable[list[Entry]]:
+    """As they are, or, where their positions lie far apart, those that lie near each other."""
+    positions = [entry.position for entry in entries]
+    if max(positions) - min(positions) < HISTORY_SPAN:
+        return (entries,)
+    stretches: dict[int, list[Entry]] = {}
+    for entry in entries:
+        stretches.setdefault(entry.position // HISTORY_SPAN, []).append(entry)
+    return stretches.values()
+
+
+def in_history(first: int, last: int) -> tuple[Any, ...]:
+    """Which rows of the history may tell of calls for these positions: by the index of a subscription's."""
+    return (
+        history.c.first_position > first - HISTORY_SPAN,
+        history.c.first_position <= last,
+        history.c.last_position >= first,
+    )
 
 
 def lane_of(key: str | None, position: int, lanes: int) -> int:
@@ -926,19 +950,22 @@ class Store(abc.ABC):
     async def remember(self, connection: AsyncConnection, worker: UUID, remembered: Sequence[Remembered]) -> None:
         """Append what was done to the history; for people, never for delivery."""
         if remembered:
-            await connection.execute(insert(history), [self._remembered(worker, one) for one in remembered])
+            await connection.execute(insert(history), list(self._pages(worker, remembered)))
 
-    def _remembered(self, worker: UUID, one: Remembered) -> dict[str, Any]:
-        positions = [entry.position for entry in one.entries]
-        return {
-            "subscription": one.subscription,
-            "generation": one.generation,
-            "worker": worker,
-            "first_position": min(positions),
-            "last_position": max(positions),
-            "entries": msgspec.json.encode(one.entries).decode(),
-            "recorded_at": self.later(0),
-        }
+    def _pages(self, worker: UUID, remembered: Sequence[Remembered]) -> Iterator[dict[str, Any]]:
+        """The rows of the history for what was done."""
+        for one in remembered:
+            for entries in _by_stretch(one.entries):
+                positions = [entry.position for entry in entries]
+                yield {
+                    "subscription": one.subscription,
+                    "generation": one.generation,
+                    "worker": worker,
+                    "first_position": min(positions),
+                    "last_position": max(positions),
+                    "entries": msgspec.json.encode(entries).decode(),
+                    "recorded_at": self.later(0),
+                }
 
     # --- what became of events --------------------------------------------------------------------------------------
 
@@ -986,8 +1013,7 @@ class Store(abc.ABC):
                     .where(
                         history.c.subscription.in_({fact.subscription for fact in facts.values()}),
                         history.c.generation == 0,
-                        history.c.first_position <= positions[-1],
-                        history.c.last_position >= positions[0],
+                        *in_history(positions[0], positions[-1]),
                     )
                     .order_by(history.c.id + 0)  # SQLite would walk through all of it in this order, else
                 )

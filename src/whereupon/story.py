@@ -27,7 +27,7 @@ from whereupon.registry import Registered, registered
 from whereupon.schema import action as action_table
 from whereupon.schema import audit_log, exception, history, log, process, workflow
 from whereupon.schema import cursor as cursor_table
-from whereupon.store import BLOCKING, PARKED, RETRYING, WAITING, Entry, Passed, Store, ran_in
+from whereupon.store import BLOCKING, PARKED, RETRYING, WAITING, Entry, Passed, Store, in_history, ran_in
 from whereupon.subscription import Delivery, Retry, Subscription, Subscriptions
 from whereupon.workflow import State
 
@@ -600,8 +600,7 @@ class Storyteller:
                 select(history)
                 .where(
                     history.c.subscription.in_(sorted(names)),  # the index begins with it
-                    history.c.first_position <= position,
-                    history.c.last_position >= position,
+                    *in_history(position, position),
                 )
                 .order_by(history.c.id + 0)  # SQLite would walk through all of it in this order, else
             )
