@@ -25,6 +25,10 @@ class ShelfEmptied(DomainEvent):
     shelf: str
 
 
+class RackFilled(DomainEvent, aliases=("RackStocked",)):
+    number: int
+
+
 def bus_on(url: str, *, deliver: bool = True) -> EventBus:
     return EventBus(url, create_tables=True, poll_interval=0.05, lease=2, deliver=deliver)
 
@@ -168,6 +172,28 @@ async def test_a_range_is_delivered_again_beside_what_is_new_under_keys_of_its_o
     )
     assert len(keys) == 280
     assert all(numbers == sorted(numbers) for numbers in in_order.values())
+
+
+async def test_what_was_stored_under_an_older_name_is_delivered_again_as_well(database_url: str) -> None:
+    heard: list[int] = []
+    bus = bus_on(database_url)
+
+    @bus.subscribe(RackFilled, name="librarian")
+    async def librarian(event: RackFilled) -> None:
+        heard.append(event.number)
+
+    async with bus:
+        async with AsyncSession(bus.engine) as session, session.begin():
+            await bus.publish(*(RackFilled(number=number) for number in range(3)), session=session)
+        await bus.drain(20)
+        async with bus.engine.begin() as connection:  # the first and the last are from before it was renamed
+            await connection.execute(text("UPDATE whereupon_log SET type = 'RackStocked' WHERE position <> 2"))
+        await bus.operator.replay("librarian", "the rack was dropped")
+        async with asyncio.timeout(30):
+            while len(heard) < 6:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await bus.drain(20)
+    assert sorted(heard) == [0, 0, 1, 1, 2, 2]
 
 
 async def test_a_replay_that_is_over_holds_no_pruning_back(database_url: str) -> None:

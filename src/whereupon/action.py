@@ -271,7 +271,7 @@ class Operator:
         by = _by(reason, author)
 
         async def change(connection: AsyncConnection) -> bool:
-            row = await self._locked_subscription(connection, name)
+            row = await self._subscription(connection, name, lock=True)
             if bool(row.paused) == paused:
                 return False
             await _pause(connection, name, paused)
@@ -597,7 +597,7 @@ class Operator:
         by = _by(reason, author)
 
         async def change(connection: AsyncConnection) -> Mapping[str, int]:
-            row = await self._locked_subscription(connection, subscription)
+            row = await self._subscription(connection, subscription, lock=True)
             await self._lock_all(connection, subscription)
             serving = [
                 f"{one.host} (process {one.pid})"
@@ -700,24 +700,27 @@ class Operator:
             if moment is not None and moment.tzinfo is None:
                 raise ActionRefused(f"{name}={moment} is in no time zone: write datetime(…, tzinfo=UTC)")
         declared = self._declared(subscription)
-        types = [cls.__event__.name for cls in declared.event_types if cls is not DomainEvent]
+        types = _heard(declared)
+        wanted: list[Any] = [] if types is None else [log.c.type.in_(types)]
+        if since is not None:
+            wanted.append(log.c.recorded_at >= since)
+        async with self._reading() as connection:
+            row = await self._subscription(connection, subscription)
+            end = until if what == "replay" else row.created_at
+            if end is not None:
+                wanted.append(log.c.recorded_at < end)
+            # a search through the log may take a while: nobody waits for it
+            span = await _ends_of(connection, wanted)
 
         async def change(connection: AsyncConnection) -> int:
             await self._store.exclusively(connection, "retention")  # what is to be read may not go meanwhile
-            row = await self._locked_subscription(connection, subscription)
-            end = until if what == "replay" else row.created_at
+            row = await self._subscription(connection, subscription, lock=True)
             if what == "backfill":
                 await self._check_not_filled(connection, subscription)
-            heard = [log.c.type.in_(types)] if len(types) == len(declared.event_types) else []
-            after = [log.c.recorded_at >= since] if since is not None else []
-            before = [log.c.recorded_at < end] if end is not None else []
-            first, last = (
-                await connection.execute(
-                    select(func.min(log.c.position), func.max(log.c.position)).where(*heard, *after, *before)
-                )
-            ).one()
-            if first is None:
+            ends = span and await _ends_of(connection, [*wanted, log.c.position.between(*span)])  # some may have gone
+            if ends is None:
                 raise ActionRefused(f"there is nothing in the log that {subscription} hears in that time")
+            first, last = ends
             known = await connection.scalar(
                 select(func.max(cursor_table.c.generation)).where(cursor_table.c.subscription == subscription)
             )
@@ -819,7 +822,7 @@ class Operator:
                 left: list[tuple[str | None, Row]] = left,
                 end: Any = end,
             ) -> int | None:
-                row = await self._locked_subscription(connection, declared.name)
+                row = await self._subscription(connection, declared.name, lock=True)
                 held = await self._lock_all(connection, declared.name)
                 if not row.paused:
                     raise ActionRefused(f"{declared.name} was resumed by somebody while its lanes were to be changed")
@@ -1042,12 +1045,9 @@ class Operator:
                         raise
         raise AssertionError("unreachable")
 
-    async def _locked_subscription(self, connection: AsyncConnection, name: str) -> Any:
-        row = (
-            await connection.execute(
-                select(subscription_table).where(subscription_table.c.name == name).with_for_update()
-            )
-        ).first()
+    async def _subscription(self, connection: AsyncConnection, name: str, *, lock: bool = False) -> Any:
+        query = select(subscription_table).where(subscription_table.c.name == name)
+        row = (await connection.execute(query.with_for_update() if lock else query)).first()
         if row is None:
             names = list(
                 await connection.scalars(select(subscription_table.c.name).order_by(subscription_table.c.name))
@@ -1201,6 +1201,16 @@ def _shown(payload: bytes) -> dict[str, str]:
     except UnicodeDecodeError:
         return {"payload_base64": base64.b64encode(payload).decode()}
     return {"payload": text} if "\x00" not in text else {"payload_base64": base64.b64encode(payload).decode()}
+
+
+async def _ends_of(connection: AsyncConnection, wanted: Sequence[Any]) -> tuple[int, int] | None:
+    """The first and the last position of the log that are wanted."""
+    query = select(log.c.position).where(*wanted).limit(1)
+    first = await connection.scalar(query.order_by(log.c.position))
+    if first is None:
+        return None
+    last = await connection.scalar(query.order_by(log.c.position.desc()))
+    return first, first if last is None else last
 
 
 def _heard(declared: Subscription) -> list[str] | None:

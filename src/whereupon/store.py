@@ -558,7 +558,9 @@ class Store(abc.ABC):
             return await self.end(connection)
         if start == "beginning":
             return await self.before(connection, None)
-        first = await connection.scalar(select(func.min(log.c.position)).where(log.c.recorded_at >= start))
+        first = await connection.scalar(
+            select(log.c.position).where(log.c.recorded_at >= start).order_by(log.c.position).limit(1)
+        )
         return await self.end(connection) if first is None else await self.before(connection, first)
 
     @abc.abstractmethod
