@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,29 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-import pytest
 from sqlalchemy.engine import make_url
 
-INSTALL = "apt-get update && apt-get install -y pgbouncer"
+from tests.programs import program
+
 _START_WITHIN = 20.0  # seconds
 _NOBODY = "65534"
-
-
-def program() -> str:
-    """Where pgbouncer is; without it the test is skipped, in CI (CI=true) it fails."""
-    found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if found is not None:
-        return found
-    reason = f"no pgbouncer on this machine; on Debian: {INSTALL}"
-    if os.environ.get("CI", "").lower() in {"true", "1"}:
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
 
 
 @contextmanager
 def pooler(url: str, folder: Path, *, sessions: int = 4, mode: str = "transaction") -> Iterator[str]:
     """The URL of the same database through a PgBouncer with so many sessions; it ends with the block."""
-    pgbouncer = program()
+    pgbouncer = program("pgbouncer")
     direct = make_url(url)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

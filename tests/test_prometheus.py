@@ -202,6 +202,11 @@ async def test_dead_letters_workers_and_open_attempts_are_counted_in_the_databas
         assert of(told, "whereupon_database_subscription_workers") == {"shop": 1, "flaky": 1, "broken": 1}
         assert of(told, "whereupon_database_workflows_open", "workflow") == {"Baking": 2}
         assert of(told, "whereupon_database_workflows_orphaned", "workflow") == {"Baking": 1}
+        async with here.bus.engine.begin() as connection:
+            await connection.execute(text("UPDATE whereupon_workflow SET state = 'interrupted'"))
+        ended = await here.scrape()
+        for name in ("whereupon_database_workflows_open", "whereupon_database_workflows_orphaned"):
+            assert of(ended, name, "workflow") == {"Baking": 0}, "what has ended is told as 0, and not left out"
         after = await here.scrape()
         assert value(after, "whereupon_workflows_closed_total", workflow="Baking", outcome="failed") == 1
         assert value(after, "whereupon_workflows_opened_total", workflow="Baking") == 2

@@ -70,6 +70,10 @@ class _Names:
         self._known.add(name)
         return name
 
+    def known(self) -> tuple[str, ...]:
+        """Those that have a label of their own."""
+        return tuple(self._known)
+
 
 class _Histogram:
     __slots__ = ("_bounds", "_counts", "_sum")
@@ -331,7 +335,9 @@ class Metrics(Observer, Collector):
                 dead.add_metric(label, found.dead.get(one.subscription, 0))
                 serving.add_metric(label, found.workers.get(one.subscription, 0))
             for family, numbers in ((open_, found.open), (orphaned, found.orphaned)):
-                named: dict[str, int] = {}
+                for name in found.open:
+                    self._workflows(name)
+                named = dict.fromkeys(self._workflows.known(), 0)  # what has ended is 0, and no gap
                 for name, number in numbers.items():
                     named[self._workflows(name)] = named.get(self._workflows(name), 0) + number
                 for name, number in sorted(named.items()):
