@@ -55,6 +55,8 @@ UNKNOWN_WAIT: Final = 60.0
 """Seconds between two looks at an event that this build does not know; a newer worker may have come meanwhile."""
 EPOCH: Final = time.time() - time.perf_counter()
 """Seconds from 1970 to the zero of `time.perf_counter`."""
+WITH_SAVEPOINTS: Final = 10
+"""Shared transactions that are run with savepoints at once after one in which a handler failed."""
 RERUNS: Final = 50
 """How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
 
@@ -205,6 +207,8 @@ class Share:
         """How many lanes there are in all."""
         self.queue: deque[Delivery] = deque()
         """What may begin, in the order of the log as far as the lanes were read together."""
+        self.with_savepoints = 0
+        """How many more shared transactions are run with a savepoint for each delivery, since one has failed."""
         self._begun = 0
         self._current: Delivery | None = None
         """The one whose handler was called last."""
@@ -773,6 +777,7 @@ class Lane:
                     if rerun:
                         await self.store.take_lock(await session.connection())
                     await self._call_with(delivery, session)
+                    await session.flush()
                     await self._commit([delivery], session, session.commit)
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
@@ -783,6 +788,50 @@ class Lane:
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun + 1, 20)))
 
     async def _together_in_transaction(self, deliveries: Sequence[Delivery]) -> None:
+        """Run the handler for each, and commit what they wrote at once.
+
+        A savepoint for each would be as many round trips to the server as a transaction for each has. So there are none
+        as long as no handler fails; where one does, all is rolled back, and run again with savepoints.
+        """
+        if self.share.with_savepoints > 0:
+            self.share.with_savepoints -= 1
+        elif await self._all_or_none(deliveries):
+            return
+        else:
+            self.share.with_savepoints = WITH_SAVEPOINTS
+        await self._each_in_savepoint(deliveries)
+
+    async def _all_or_none(self, deliveries: Sequence[Delivery]) -> bool:
+        """Run the handler for each, in one session; commit if none fails. Else False, and nothing was written."""
+        async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
+            try:
+                for delivery in deliveries:
+                    delivery.in_doubt = False
+                    self._enter(delivery, len(deliveries))
+                    await self._call_with(delivery, session)
+                    delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
+                await session.flush()
+            except BaseException as error:
+                if not _is_its_own(error, deliveries):
+                    raise
+                return False
+            try:
+                await self._commit(deliveries, session, session.commit)
+            except DBAPIError as error:
+                if lost_a_race(error):
+                    return False
+                raise
+        self._stored(deliveries)
+        return True
+
+    def _enter(self, delivery: Delivery, together: int) -> None:
+        """The handler is about to be called for one of several in a transaction."""
+        handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
+        delivery.began = time.perf_counter()
+        if self.worker.observing is not None and self.worker.observing.watching:
+            self.begins(delivery, together)
+
+    async def _each_in_savepoint(self, deliveries: Sequence[Delivery]) -> None:
         """Run the handler for each, in a savepoint and a session of its own; commit all that succeeded at once."""
         for rerun in range(RERUNS + 1):
             succeeded, failed = [], []
@@ -794,10 +843,7 @@ class Lane:
                         await self.store.take_lock(connection)
                     for delivery in deliveries:
                         delivery.in_doubt = False
-                        handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
-                        delivery.began = time.perf_counter()
-                        if self.worker.observing is not None and self.worker.observing.watching:
-                            self.begins(delivery, len(deliveries))
+                        self._enter(delivery, len(deliveries))
                         if connection.sync_connection is not None:
                             reuse_savepoint_names(connection.sync_connection)
                         savepoint = await connection.begin_nested()
@@ -806,12 +852,14 @@ class Lane:
                                 connection, expire_on_commit=False, join_transaction_mode="rollback_only"
                             ) as session:
                                 await self._call_with(delivery, session)
-                        except (CancelledError, KeyboardInterrupt, GeneratorExit):
-                            raise
+                                await session.flush()
                         except BaseException as error:
-                            if isinstance(error, DBAPIError) and (error.connection_invalidated or lost_a_race(error)):
+                            if not _is_its_own(error, deliveries) or (
+                                isinstance(error, DBAPIError) and lost_a_race(error)
+                            ):
                                 raise
-                            await savepoint.rollback()
+                            if savepoint.is_active:  # a flush that fails rolls back to it by itself
+                                await savepoint.rollback()
                             failed.append((delivery, error))
                         else:
                             await savepoint.commit()
@@ -842,7 +890,6 @@ class Lane:
                     f"it ran longer than its {self.subscription.timeout:g} s and was cancelled"
                 ) from error
             raise
-        await session.flush()
 
     async def _commit(self, deliveries: Sequence[Delivery], on: Any, commit: Callable[[], Any]) -> None:
         """Record in the handler's transaction that it ran, as its last statement, and commit."""
@@ -1234,6 +1281,17 @@ def _clear_cancellation() -> None:
     task = asyncio.current_task()
     while task is not None and task.cancelling():
         task.uncancel()
+
+
+def _is_its_own(error: BaseException, deliveries: Iterable[Delivery]) -> bool:
+    """Whether a handler has failed, and nothing has become of the connection or the task that it shares with others."""
+    if isinstance(error, CancelledError):
+        if any(delivery.cut_short for delivery in deliveries):
+            return False
+        _clear_cancellation()
+    if isinstance(error, DBAPIError):
+        return not error.connection_invalidated
+    return not isinstance(error, (KeyboardInterrupt, GeneratorExit))
 
 
 def lost_a_race(error: DBAPIError) -> bool:
