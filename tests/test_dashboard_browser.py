@@ -174,6 +174,29 @@ async def test_every_page_is_readable_light_and_dark_and_breaks_no_rule_of_the_b
     assert papers[0] != papers[1]
 
 
+async def test_figures_that_are_being_read_come_by_themselves(
+    browser: Browser, house: tuple[Lighthouse, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, url = house
+    monkeypatch.setattr(gauges, "PATIENCE", 0.02)
+    wait = asyncio.Event()
+    measured = running.board._gauges._measured
+
+    async def slowly() -> gauges.Reading:
+        await wait.wait()
+        return await measured()
+
+    monkeypatch.setattr(running.board._gauges, "_measured", slowly)
+    async with page_of(browser, url) as page:
+        for path, figure in (("./", "Waits longest"), ("map", "of the newest")):
+            running.board._gauges._reading = None
+            wait.clear()
+            await page.goto(path)
+            await expect(page.get_by_text("The figures are being read")).to_be_visible()
+            wait.set()
+            await expect(page.get_by_text(figure).first).to_be_visible()
+
+
 async def test_the_stream_shows_an_event_that_is_published_meanwhile(
     browser: Browser, house: tuple[Lighthouse, str]
 ) -> None:

@@ -31,8 +31,8 @@ FRESH: Final = 2.0
 """Seconds for which a reading is good enough for everybody."""
 STALE: Final = 30.0
 """Seconds from which on a reading is worth waiting for a newer one."""
-PATIENCE: Final = 1.0
-"""Seconds that a page waits for a reading, where there is none or a stale one."""
+PATIENCE: Final = 0.15
+"""Seconds that a page waits for a reading, where there is none or a stale one, before it comes without."""
 NEWEST: Final = 10_000
 """Events of which is counted how many there are of each type."""
 GROUPS: Final = 100
@@ -136,7 +136,7 @@ class Gauges:
         self._history = _History()
 
     async def read(self) -> Reading | None:
-        """What is known, not older than half a minute; None if that takes longer than a second to find out.
+        """What is known, not older than half a minute; None if that takes longer than `PATIENCE` to find out.
 
         Raises what kept it from being found out, a `DatabaseError` as a rule.
         """
