@@ -702,7 +702,6 @@ async def drain(bench: Bench) -> None:
         for handlers in (1, 4):
             await _drain_table(bench, kind, ways, handlers)
         await _limits(bench, kind)
-    await _transactional(bench)
 
 
 async def _drain_table(bench: Bench, kind: str, ways: dict[str, type[Way]], handlers: int) -> None:
@@ -769,12 +768,13 @@ async def _limits(bench: Bench, kind: str) -> None:
     say(table([f"raw limits, {'PostgreSQL' if kind == 'postgresql' else 'SQLite'}", "events/s"], rows) + "\n")
 
 
-async def _transactional(bench: Bench) -> None:
+async def transactional(bench: Bench) -> None:
     events = max(1000, bench.events // 10)
     for kind in ("postgresql", "sqlite"):
-        progress(f"drain: transactional, {kind}")
+        progress(f"transactional: {kind}")
         entries = [
-            Entry("whereupon", f"whereupon TRANSACTIONAL, batch={batch}", {"transactional": batch})
+            Entry("whereupon", f"{how}, batch={batch}", {"transactional": batch, "adding": how == "session.add"})
+            for how in ("session.execute", "session.add")
             for batch in (1, 100)
         ]
 
@@ -799,7 +799,7 @@ async def _transactional(bench: Bench) -> None:
                 [label, shown(statistics.median(rates)), f"{ratio(rates, [one.per_second for one in alone]):.2f}"]
             )
         title = "PostgreSQL" if kind == "postgresql" else "SQLite"
-        say(table([f"{title}, one INSERT each", "deliveries/s", "× batch=1"], rows) + "\n")
+        say(table([f"{title}, TRANSACTIONAL, one row each", "deliveries/s", "× batch=1"], rows) + "\n")
 
 
 # --- 2. publish -------------------------------------------------------------------------------------------------------
@@ -1249,6 +1249,7 @@ async def _idle(bench: Bench, entry: Entry) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "drain": drain,
+    "transactional": transactional,
     "publish": publish,
     "workers": workers,
     "latency": latency,

@@ -146,8 +146,9 @@ class Whereupon(Way):
         return f"in_flight={self.options.get('in_flight', 100):,}"
 
     def _make_bus(self, bodies: Sequence[Body], *, deliver: bool) -> Any:
-        from sqlalchemy import text
+        from sqlalchemy import BigInteger, Column, text
         from sqlalchemy.ext.asyncio import AsyncSession
+        from sqlalchemy.orm import declarative_base
 
         from whereupon import EventBus
 
@@ -158,14 +159,26 @@ class Whereupon(Way):
             if batch := self.options.get("transactional"):
                 insert = text("INSERT INTO app_effect (number) VALUES (:number)")
 
-                def transactional(body: Body = body, insert: Any = insert) -> Any:
+                def executing(body: Body = body, insert: Any = insert) -> Any:
                     async def handler(event: CardIssued, session: AsyncSession) -> None:
                         await session.execute(insert, {"number": event.number})
                         await body.run(event.number)
 
                     return handler
 
-                bus.subscribe(CardIssued, transactional(), name=f"handler_{place}", batch=batch, **concurrency)
+                def adding(body: Body = body) -> Any:
+                    class Effect(declarative_base()):  # type: ignore[misc]
+                        __tablename__ = "app_effect"
+                        number = Column(BigInteger, primary_key=True, autoincrement=False)
+
+                    async def handler(event: CardIssued, session: AsyncSession) -> None:
+                        session.add(Effect(number=event.number))
+                        await body.run(event.number)
+
+                    return handler
+
+                called = adding() if self.options.get("adding") else executing()
+                bus.subscribe(CardIssued, called, name=f"handler_{place}", batch=batch, **concurrency)
             else:
 
                 def durable(body: Body = body) -> Any:

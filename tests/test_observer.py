@@ -195,8 +195,13 @@ async def test_what_observers_are_told_is_what_the_database_has(database_url: st
         if name != "at once"
     }
     assert final == stored
-    assert watch.outcomes(watch.over) == ALL_KINDS
-    assert watch.began == {name: sum(counts.values()) for name, counts in ALL_KINDS.items()}
+    over = watch.outcomes(watch.over)
+    again = over["batched"].pop("interrupted")  # with the one that failed these were rolled back, and called once more
+    assert 1 <= again <= 5
+    assert over == ALL_KINDS
+    assert watch.began == {
+        name: sum(counts.values()) + (again if name == "batched" else 0) for name, counts in ALL_KINDS.items()
+    }
     assert sorted(event.number for event in watch.published_ if isinstance(event, CoffeeBrewed)) == list(range(12))
     assert watch.staged_ == [("CoffeeBrewed", None)] * 12
     attempts = {run.attempt for run in watch.settled_ if run.subscription.name == "broken"}

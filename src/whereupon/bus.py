@@ -215,12 +215,12 @@ class Subscribing:
         publisher. `ordered_by` names a field: events with equal values are delivered one at a time, in the order of
         publishing. `lanes` is into how many shares the subscription is split when it is first registered, so how many
         workers can share its load; `batch` how many deliveries may share one session and transaction, to be called once
-        more where one of them fails; `rate` how many there are a second, by all workers together. `start` is where in
-        the log it begins when it is first registered: "now", at the "beginning" or at a time; `backfill_rate` is its
-        `rate` until it has caught up. `within` is its promise: how long after an event was published it is settled at
-        the latest, as seconds, a timedelta or text ("30s", "5m"); nothing enforces it, but `whereupon doctor`, the
-        dashboard and alerts measure by it. Raises `SubscriptionError` for a handler that could
-        not be called.
+        more where one of them fails (a quarter of `in_flight` at most); `rate` how many there are a second, by all
+        workers together. `start` is where in the log it begins when it is first registered: "now", at the "beginning"
+        or at a time; `backfill_rate` is its `rate` until it has caught up. `within` is its promise: how long after an
+        event was published it is settled at the latest, as seconds, a timedelta or text ("30s", "5m"); nothing enforces
+        it, but `whereupon doctor`, the dashboard and alerts measure by it. Raises `SubscriptionError` for a handler
+        that could not be called.
         """
         if handler is _Missing.HANDLER:
 

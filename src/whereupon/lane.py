@@ -55,6 +55,8 @@ UNKNOWN_WAIT: Final = 60.0
 """Seconds between two looks at an event that this build does not know; a newer worker may have come meanwhile."""
 EPOCH: Final = time.time() - time.perf_counter()
 """Seconds from 1970 to the zero of `time.perf_counter`."""
+BATCHES: Final = 4
+"""Transactions with several deliveries that may run at once: while one waits for the server, another computes."""
 WITH_SAVEPOINTS: Final = 10
 """Shared transactions that are run with savepoints at once after one in which a handler failed."""
 RERUNS: Final = 50
@@ -722,7 +724,8 @@ class Lane:
         """Run the handler in a task, with those that may share its transaction; return how many."""
         together = [first]
         if self.subscription.batch > 1 and not first.careful:
-            together += self.share.neighbours(first, min(self.subscription.batch, self.worker.free) - 1)
+            most = min(self.subscription.batch, self.worker.free, self.worker.in_flight // BATCHES)
+            together += self.share.neighbours(first, most - 1)
         readable = []
         for delivery in together:
             delivery.shares_slot = delivery is not first
@@ -776,7 +779,8 @@ class Lane:
                 try:
                     if rerun:
                         await self.store.take_lock(await session.connection())
-                    await self._call_with(delivery, session)
+                    with handed_out(session, self.name):
+                        await self._call_with(delivery, session)
                     await session.flush()
                     await self._commit([delivery], session, session.commit)
                 except DBAPIError as error:
@@ -805,11 +809,12 @@ class Lane:
         """Run the handler for each, in one session; commit if none fails. Else False, and nothing was written."""
         async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
             try:
-                for delivery in deliveries:
-                    delivery.in_doubt = False
-                    self._enter(delivery, len(deliveries))
-                    await self._call_with(delivery, session)
-                    delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
+                with handed_out(session, self.name):
+                    for delivery in deliveries:
+                        delivery.in_doubt = False
+                        self._enter(delivery, len(deliveries))
+                        await self._call_with(delivery, session)
+                        delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
                 await session.flush()
             except BaseException as error:
                 if not _is_its_own(error, deliveries):
@@ -851,7 +856,8 @@ class Lane:
                             async with AsyncSession(
                                 connection, expire_on_commit=False, join_transaction_mode="rollback_only"
                             ) as session:
-                                await self._call_with(delivery, session)
+                                with handed_out(session, self.name):
+                                    await self._call_with(delivery, session)
                                 await session.flush()
                         except BaseException as error:
                             if not _is_its_own(error, deliveries) or (
@@ -881,9 +887,8 @@ class Lane:
         context = self.context_of(delivery) if self.subscription.context_parameter is not None else None
         limit = asyncio.timeout(self.subscription.timeout)
         try:
-            with handed_out(session, self.name):
-                async with limit:
-                    await self.subscription.call(delivery.logged.event, context, session)
+            async with limit:
+                await self.subscription.call(delivery.logged.event, context, session)
         except TimeoutError as error:
             if limit.expired():
                 raise HandlerTimeout(
