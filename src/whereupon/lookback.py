@@ -20,7 +20,7 @@ from whereupon.schema import action as action_table
 from whereupon.schema import audit_log, log, process, workflow
 from whereupon.schema import cursor as cursor_table
 from whereupon.store import PARKED, RETRYING, RUNNING, WAITING, Store
-from whereupon.story import AttemptStory, AuditEntry
+from whereupon.story import AttemptStory, AuditEntry, attempt_story
 from whereupon.workflow import State
 
 T = TypeVar("T")
@@ -217,7 +217,7 @@ class Lookback:
                 query = query.where(open_.name == name)
             with self._store.reaching():
                 async with self._store.reading() as connection:
-                    found = [_attempt(row) for row in await connection.execute(query)]
+                    found = [attempt_story(row) for row in await connection.execute(query)]
             more = len(found) > limit
             return Stretch(found[:limit], str(found[limit - 1].attempted_id) if more else None, None)
         window = select(workflow).order_by(table.id.desc()).limit(LOOKED_AT)
@@ -232,7 +232,7 @@ class Lookback:
             query = query.where(seen.name == name)
         with self._store.reaching():
             async with self._store.reading() as connection:
-                found = [_attempt(row) for row in await connection.execute(query)]
+                found = [attempt_story(row) for row in await connection.execute(query)]
                 if len(found) > limit:
                     return Stretch(found[:limit], str(found[limit - 1].attempted_id), None)
                 ended = await self._end_of(connection, window.with_only_columns(table.id))
@@ -328,18 +328,6 @@ def listed(row: Any) -> ListedEvent:
         event_type=row.type,
         recorded_at=row.recorded_at,
         metadata=metadata,
-    )
-
-
-def _attempt(row: Any) -> AttemptStory:
-    return AttemptStory(
-        workflow=row.name,
-        state=row.state,
-        attempted_id=row.id,
-        outcome_id=row.outcome_id,
-        reason=row.reason,
-        opened_at=row.opened_at,
-        closed_at=row.closed_at,
     )
 
 

@@ -358,7 +358,7 @@ class Storyteller:
                     )
                 )
             ).first()
-        return None if row is None else _attempt_story(row)
+        return None if row is None else attempt_story(row)
 
     async def _mentioned(self, connection: AsyncConnection, event_id: UUID | None) -> Mentioned | None:
         if event_id is None:
@@ -727,7 +727,7 @@ class Storyteller:
             query = query.where(workflow.c.opened_at < opened_before)
         with self._store.reaching():
             async with self._store.reading() as connection:
-                return [_attempt_story(row) for row in await connection.execute(query)]
+                return [attempt_story(row) for row in await connection.execute(query)]
 
     async def audit(
         self,
@@ -857,7 +857,7 @@ def made_at(event_id: UUID) -> datetime | None:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=event_id.int >> 80)
 
 
-def _attempt_story(row: Any) -> AttemptStory:
+def attempt_story(row: Any) -> AttemptStory:
     return AttemptStory(
         workflow=row.name,
         state=row.state,
