@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
 from collections.abc import AsyncIterator, MutableMapping
@@ -126,6 +127,10 @@ async def test_every_page_shows_what_there_is(house: Lighthouse) -> None:
     kind = await house.page("type", name="ShipSighted")
     assert "with or without a glass" in kind
     assert "SHIP_SIGHTED" in kind
+    shown = re.search(r'aria-label="JSON Schema">(.*?)</pre>', kind, re.DOTALL)
+    assert shown is not None
+    schema = json.loads(html.unescape(shown[1]))
+    assert {"event_id", "occurred_at", "name"} <= set(schema["required"]) <= set(schema["properties"])
     audit = await house.page("audit")
     assert "10.1.2.3" in audit
     assert "ship:Ada" in audit

@@ -18,6 +18,7 @@ import jinja2
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from whereupon import drawing
+from whereupon.catalogue import Catalogue, EventEntry, as_text
 from whereupon.durable import EventBus
 from whereupon.errors import ActionRefused
 from whereupon.event import DomainEvent
@@ -159,6 +160,7 @@ class Board:
         self._gauges = gauges
         self._lookback = lookback
         self._livestream = livestream
+        self._entries: dict[type[DomainEvent], tuple[EventEntry, str]] = {}
 
     # --- what happens now -------------------------------------------------------------------------------------------
 
@@ -436,10 +438,19 @@ class Board:
                     self._bus.explain_type(name)
                 except ActionRefused as error:
                     raise Refusal(404, str(error)) from None
+        entry, schema = (None, "") if cls is None else self._entry_of(cls)
         return self._pages.show(
-            visit, "type.html.jinja", here="catalogue", name=name, story=story, cls=cls,
-            doc="" if cls is None else _doc_of(cls),
+            visit, "type.html.jinja", here="catalogue", name=name, story=story, entry=entry, schema=schema,
+            example=None if entry is None or entry.example is None else as_text(entry.example),
         )  # fmt: skip
+
+    def _entry_of(self, cls: type[DomainEvent]) -> tuple[EventEntry, str]:
+        """What the catalogue knows of it, and its JSON Schema; kept, since sources are read for it."""
+        if cls not in self._entries:
+            catalogue = Catalogue.of(self._bus, only=[cls])
+            name = cls.__event__.name
+            self._entries[cls] = catalogue.event(name), as_text(catalogue.json_schema(name))
+        return self._entries[cls]
 
     async def checkup(self, visit: Visit) -> Response:
         checks = [check async for check in self._bus.examine()]

@@ -33,7 +33,7 @@ from whereupon.codec import JsonCodec
 from whereupon.errors import CatalogueError
 from whereupon.event import DomainEvent, NotSecret, ensure_resolved, event_classes
 from whereupon.subscription import Delivery, Retry, Subscription
-from whereupon.workflow import workflows
+from whereupon.workflow import Workflow, workflows
 
 __all__ = [
     "Catalogue", "CatalogueError", "Change", "EventEntry", "FieldEntry", "HandlerEntry", "Level", "WorkflowEntry",
@@ -141,28 +141,29 @@ class Catalogue:
         title: str = "Domain events",
         version: str = "1",
         packages: Collection[str] | None = None,
+        only: Collection[type[DomainEvent]] | None = None,
     ) -> Catalogue:
         """The catalogue of the events that a bus hears, and of all others that this process has imported.
 
         With `packages` only of those others that are defined in them: in a test, where the modules of other tests are
-        imported, too. Raises `EventDefinitionError` for an event whose annotations can't be resolved.
+        imported, too. With `only` of these events and no others. Raises `EventDefinitionError` for an event whose
+        annotations can't be resolved.
         """
         documentation = Documentation()
         heard = {one for subscription in bus.subscriptions for one in subscription.event_types} - {DomainEvent}
         taken = {known.__event__.name for known in heard}
         imported = (known for known in event_classes() if known.__event__.name not in taken)
-        classes = {known for known in imported if _within(known, packages)} | heard
-        names = {known: known.__event__.name for known in classes}
+        classes = {known for known in imported if _within(known, packages)} | heard if only is None else set(only)
         entries = [
             WorkflowEntry(
                 name=one.name,
-                attempted=names[one.attempted],
-                succeeded=names[one.succeeded],
-                failed=names[one.failed],
-                interrupted=names[one.interrupted],
+                attempted=one.attempted.__event__.name,
+                succeeded=one.succeeded.__event__.name,
+                failed=one.failed.__event__.name,
+                interrupted=one.interrupted.__event__.name,
             )
             for one in workflows()
-            if {one.attempted, one.succeeded, one.failed, one.interrupted} <= classes
+            if (_classes_of(one) <= classes if only is None else _classes_of(one) & classes)
         ]
         subscriptions = sorted(bus.subscriptions, key=lambda one: one.name)
         found = tuple(dict.fromkeys(entries))
@@ -171,7 +172,9 @@ class Catalogue:
             version=version,
             events=tuple(
                 _event(known, subscriptions, found, documentation)
-                for known in sorted(classes, key=lambda known: (names[known], known.__module__, known.__qualname__))
+                for known in sorted(
+                    classes, key=lambda known: (known.__event__.name, known.__module__, known.__qualname__)
+                )
             ),
             handlers=tuple(_handler(one) for one in subscriptions),
             workflows=found,
@@ -246,6 +249,10 @@ def _within(cls: type[DomainEvent], packages: Collection[str] | None) -> bool:
     if packages is None:
         return not f"{cls.__module__}.".startswith("whereupon.")  # the suite for stores has some
     return any(f"{cls.__module__}.".startswith(f"{package}.") for package in packages)
+
+
+def _classes_of(workflow: Workflow[Any, Any, Any]) -> set[type[DomainEvent]]:
+    return {workflow.attempted, workflow.succeeded, workflow.failed, workflow.interrupted}
 
 
 def _event(
