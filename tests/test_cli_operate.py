@@ -243,7 +243,12 @@ async def test_on_a_terminal_it_asks_and_does_only_what_was_agreed_to(
 async def test_a_range_is_replayed_and_a_definition_adopted_with_a_reason(bus: EventBus, dock: Path) -> None:
     events = await load(bus, *(("Anna", number, False) for number in range(4)))
     await reaches(bus, events, ["succeeded"] * 4)
-    done = await answered(dock, "handlers", "replay", "crates", "dock:bus", "--reason", "water in the hold", "--yes")
+    replay = ("handlers", "replay", "crates", "dock:bus", "--reason", "water in the hold")
+    asked = await command(dock, *replay, "--rate", "50")
+    assert (asked.returncode, "4 events at most (positions 1 to 4) at 50 a second" in asked.stderr) == (2, True), asked
+    nothing = await command(dock, *replay, "--since", "2100-01-01")
+    assert (nothing.returncode, "nothing in the log that crates hears" in nothing.stderr) == (1, True), nothing
+    done = await answered(dock, *replay, "--yes")
     assert done["generation"] == 1
     async with asyncio.timeout(30):
         while await loaded(bus, "Anna") != [0, 1, 2, 3, 0, 1, 2, 3]:  # noqa: ASYNC110

@@ -157,6 +157,19 @@ class CanaryStep:
     """Whether that failed of the same cause as before."""
 
 
+class Span(NamedTuple):
+    """A part of the log."""
+
+    first: int
+    """The position of the first event in it that is heard, and of the last one."""
+    last: int
+
+    @property
+    def most(self) -> int:
+        """As many events it has at most."""
+        return self.last - self.first + 1
+
+
 class Operator:
     """The hands of whoever operates a bus; `EventBus.operator` is one.
 
@@ -686,6 +699,17 @@ class Operator:
         """
         return await self._deliver_again("backfill", subscription, _by(reason, author), since, None, rate)
 
+    async def replayable(
+        self, subscription: str, *, since: datetime | None = None, until: datetime | None = None
+    ) -> Span | None:
+        """Which part of the log `replay` would deliver again; None where there is nothing in it that is heard."""
+        _check_zone(since=since, until=until)
+        wanted = _wanted(self._declared(subscription), since, until)
+        async with self._reading() as connection:
+            await self._subscription(connection, subscription)
+            ends = await _ends_of(connection, wanted)
+        return None if ends is None else Span(*ends)
+
     async def _deliver_again(
         self,
         what: str,
@@ -696,19 +720,12 @@ class Operator:
         rate: float | None,
     ) -> int:
         check_rate(what, rate)
-        for name, moment in (("since", since), ("until", until)):
-            if moment is not None and moment.tzinfo is None:
-                raise ActionRefused(f"{name}={moment} is in no time zone: write datetime(…, tzinfo=UTC)")
+        _check_zone(since=since, until=until)
         declared = self._declared(subscription)
-        types = _heard(declared)
-        wanted: list[Any] = [] if types is None else [log.c.type.in_(types)]
-        if since is not None:
-            wanted.append(log.c.recorded_at >= since)
         async with self._reading() as connection:
             row = await self._subscription(connection, subscription)
             end = until if what == "replay" else row.created_at
-            if end is not None:
-                wanted.append(log.c.recorded_at < end)
+            wanted = _wanted(declared, since, end)
             # a search through the log may take a while: nobody waits for it
             span = await _ends_of(connection, wanted)
 
@@ -1201,6 +1218,23 @@ def _shown(payload: bytes) -> dict[str, str]:
     except UnicodeDecodeError:
         return {"payload_base64": base64.b64encode(payload).decode()}
     return {"payload": text} if "\x00" not in text else {"payload_base64": base64.b64encode(payload).decode()}
+
+
+def _check_zone(**moments: datetime | None) -> None:
+    for name, moment in moments.items():
+        if moment is not None and moment.tzinfo is None:
+            raise ActionRefused(f"{name}={moment} is in no time zone: write datetime(…, tzinfo=UTC)")
+
+
+def _wanted(declared: Subscription, since: datetime | None, until: datetime | None) -> list[Any]:
+    """The condition that an event of the log is heard, and was recorded in that time."""
+    types = _heard(declared)
+    wanted: list[Any] = [] if types is None else [log.c.type.in_(types)]
+    if since is not None:
+        wanted.append(log.c.recorded_at >= since)
+    if until is not None:
+        wanted.append(log.c.recorded_at < until)
+    return wanted
 
 
 async def _ends_of(connection: AsyncConnection, wanted: Sequence[Any]) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ import msgspec
 from cyclopts import Parameter
 
 from whereupon import exporting, looking, monitoring, schema, showing
-from whereupon.action import CanaryStep, DeadLetter, HandlerState
+from whereupon.action import CanaryStep, DeadLetter, HandlerState, Span
 from whereupon.cluster import Rebase
 from whereupon.console import (
     EXIT_ERROR,
@@ -494,8 +494,11 @@ def replay(
     async def work(bus: EventBus) -> int:
         one = await _handler(bus, name)
         span = f"from {since or 'the beginning'} to {until or 'now'}"
-        if not _confirm(f"deliver {span} to {_plan_for(one)} again, each event with a new idempotency key", yes):
-            return EXIT_ERROR
+        found = await bus.operator.replayable(name, since=_aware(since), until=_aware(until))
+        if found is not None:  # else it is refused below, with the reason
+            plan = f"deliver {span}, {_many(found, rate)}, to {_plan_for(one)} again, each with a new idempotency key"
+            if not _confirm(plan, yes):
+                return EXIT_ERROR
         generation = await bus.operator.replay(
             name, reason, since=_aware(since), until=_aware(until), rate=rate, author=author
         )
@@ -528,13 +531,19 @@ def backfill(
     async def work(bus: EventBus) -> int:
         one = await _handler(bus, name)
         span = f"from {since or 'the beginning'} to {one.created_at:%Y-%m-%d %H:%M:%S} UTC, when it was registered,"
-        if not _confirm(f"deliver what is {span} to {_plan_for(one)}", yes):
+        found = await bus.operator.replayable(name, since=_aware(since), until=one.created_at)
+        if found is not None and not _confirm(f"deliver what is {span} {_many(found, rate)}, to {_plan_for(one)}", yes):
             return EXIT_ERROR
         generation = await bus.operator.backfill(name, reason, since=_aware(since), rate=rate, author=author)
         text = f"{name} gets what is {span} as generation {generation}."
         return _done(text, as_json, subscription=name, generation=generation)
 
     return operate(target, None, work)
+
+
+def _many(found: Span, rate: float | None) -> str:
+    speed = "" if rate is None else f" at {rate:g} a second"
+    return f"{found.most} events at most (positions {found.first} to {found.last}){speed}"
 
 
 def _aware(moment: datetime | None) -> datetime | None:
