@@ -25,7 +25,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
 from whereupon.context import Metadata, handling
 from whereupon.errors import HandlerSessionError, HandlerTimeout, PublishError
@@ -194,7 +194,17 @@ def watch(engine: Engine) -> None:
     event.listen(engine, "checkin", _checkin)
     if engine.dialect.name == "sqlite" and engine.dialect.is_async:
         event.listen(engine, "checkin", _forget_writer)
+        event.listen(engine, "reset", _roll_back_on_sqlite)
     event.listen(engine, "commit", _commit)
+
+
+def _roll_back_on_sqlite(driver: Any, record: Any, state: PoolResetState) -> None:
+    """A COMMIT that SQLite refuses leaves its transaction open, and SQLAlchemy takes it for ended.
+
+    The next one to get the connection could begin none.
+    """
+    if state.asyncio_safe and not state.terminate_only and driver.driver_connection.in_transaction:
+        driver.rollback()
 
 
 def _savepoint(connection: Connection, name: str | None) -> None:

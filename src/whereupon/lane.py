@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from whereupon._staging import handed_out, reuse_savepoint_names
 from whereupon.context import NO_METADATA, EventContext, Metadata, decode_metadata, handling
@@ -56,7 +56,7 @@ UNKNOWN_WAIT: Final = 60.0
 EPOCH: Final = time.time() - time.perf_counter()
 """Seconds from 1970 to the zero of `time.perf_counter`."""
 BATCHES: Final = 4
-"""Transactions with several deliveries that may run at once: while one waits for the server, another computes."""
+"""A shared transaction takes this part of `in_flight` at most: while one waits for the server, another computes."""
 WITH_SAVEPOINTS: Final = 10
 """Shared transactions that are run with savepoints at once after one in which a handler failed."""
 RERUNS: Final = 50
@@ -321,13 +321,20 @@ class Share:
     def count_retries(self, number: int) -> None:
         self._allowance -= number
 
-    def neighbours(self, first: Delivery, most: int) -> list[Delivery]:
+    def neighbours(self, worker: Worker, first: Delivery, most: int) -> list[Delivery]:
         """Take more of its lane out of the queue, which may share its transaction."""
         taken: list[Delivery] = []
         left: list[Delivery] = []
         while self.queue and len(taken) < most and not self.queue[0].careful:
-            delivery = self.queue.popleft()
-            (taken if delivery.lane is first.lane else left).append(delivery)
+            delivery = self.queue[0]
+            if delivery.lane is first.lane:
+                rate = self._rate_of(delivery)
+                if rate is not None and not self._allowed(worker, rate):
+                    break
+                taken.append(delivery)
+            else:
+                left.append(delivery)
+            self.queue.popleft()
         self.queue.extendleft(reversed(left))
         return taken
 
@@ -723,9 +730,9 @@ class Lane:
     def begin_transaction(self, first: Delivery) -> int:
         """Run the handler in a task, with those that may share its transaction; return how many."""
         together = [first]
-        if self.subscription.batch > 1 and not first.careful:
-            most = min(self.subscription.batch, self.worker.free, self.worker.in_flight // BATCHES)
-            together += self.share.neighbours(first, most - 1)
+        if self.subscription.batch > 1 and not (first.careful or first.exceptional):
+            most = min(self.subscription.batch, self.worker.free, max(2, self.worker.in_flight // BATCHES))
+            together += self.share.neighbours(self.worker, first, most - 1)
         readable = []
         for delivery in together:
             delivery.shares_slot = delivery is not first
@@ -792,53 +799,52 @@ class Lane:
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun + 1, 20)))
 
     async def _together_in_transaction(self, deliveries: Sequence[Delivery]) -> None:
-        """Run the handler for each, and commit what they wrote at once.
+        """Run the handler for each, in a session of its own, and commit what they wrote at once.
 
         A savepoint for each would be as many round trips to the server as a transaction for each has. So there are none
-        as long as no handler fails; where one does, all is rolled back, and run again with savepoints.
+        as long as nothing fails; where something does, all is rolled back, and run again with savepoints.
         """
-        if self.share.with_savepoints > 0:
-            self.share.with_savepoints -= 1
-        elif await self._all_or_none(deliveries):
-            return
-        else:
-            self.share.with_savepoints = WITH_SAVEPOINTS
-        await self._each_in_savepoint(deliveries)
+        rerun = 0
+        try:
+            if self.share.with_savepoints > 0:
+                self.share.with_savepoints -= 1
+            elif (missed := await self._without_savepoints(deliveries)) is None:
+                return
+            elif isinstance(missed, DBAPIError) and lost_a_race(missed):
+                rerun = 1
+            else:
+                self.share.with_savepoints = WITH_SAVEPOINTS
+            await self._with_savepoints(deliveries, rerun)
+        except _CommitRefused:  # for the sake of one of them, and nobody knows of which
+            for delivery in deliveries:
+                if not delivery.ended:
+                    await self._transact([delivery])
 
-    async def _all_or_none(self, deliveries: Sequence[Delivery]) -> bool:
-        """Run the handler for each, in one session; commit if none fails. Else False, and nothing was written."""
-        async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
+    async def _without_savepoints(self, deliveries: Sequence[Delivery]) -> BaseException | None:
+        """Run the handler for each, and commit if none fails; else what one has raised, and nothing was written."""
+        async with self.worker.connections, self.store.engine.connect() as connection:
             try:
-                with handed_out(session, self.name):
-                    for delivery in deliveries:
-                        delivery.in_doubt = False
-                        self._enter(delivery, len(deliveries))
-                        await self._call_with(delivery, session)
-                        delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
-                await session.flush()
+                await connection.begin()
+                for delivery in deliveries:
+                    await self._call_in(connection, delivery, len(deliveries))
             except BaseException as error:
                 if not _is_its_own(error, deliveries):
                     raise
-                return False
+                return error
             try:
-                await self._commit(deliveries, session, session.commit)
+                await self._commit_together(deliveries, connection)
             except DBAPIError as error:
                 if lost_a_race(error):
-                    return False
+                    return error
                 raise
         self._stored(deliveries)
-        return True
+        return None
 
-    def _enter(self, delivery: Delivery, together: int) -> None:
-        """The handler is about to be called for one of several in a transaction."""
-        handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
-        delivery.began = time.perf_counter()
-        if self.worker.observing is not None and self.worker.observing.watching:
-            self.begins(delivery, together)
-
-    async def _each_in_savepoint(self, deliveries: Sequence[Delivery]) -> None:
-        """Run the handler for each, in a savepoint and a session of its own; commit all that succeeded at once."""
-        for rerun in range(RERUNS + 1):
+    async def _with_savepoints(self, deliveries: Sequence[Delivery], rerun: int) -> None:
+        """Run the handler for each, in a savepoint; commit all that succeeded at once."""
+        gone: list[tuple[Delivery, BaseException]] = []
+        left = list(deliveries)
+        while True:
             succeeded, failed = [], []
             engine = self.store.locking_engine if rerun else self.store.engine
             async with self.worker.connections, engine.connect() as connection:
@@ -846,42 +852,65 @@ class Lane:
                     await connection.begin()
                     if rerun:
                         await self.store.take_lock(connection)
-                    for delivery in deliveries:
-                        delivery.in_doubt = False
-                        self._enter(delivery, len(deliveries))
+                    for delivery in left:
                         if connection.sync_connection is not None:
                             reuse_savepoint_names(connection.sync_connection)
                         savepoint = await connection.begin_nested()
+                        returned = False
                         try:
-                            async with AsyncSession(
-                                connection, expire_on_commit=False, join_transaction_mode="rollback_only"
-                            ) as session:
-                                with handed_out(session, self.name):
-                                    await self._call_with(delivery, session)
-                                await session.flush()
+                            await self._call_in(connection, delivery, len(left))
+                            returned = True
+                            await savepoint.commit()
                         except BaseException as error:
                             if not _is_its_own(error, deliveries) or (
                                 isinstance(error, DBAPIError) and lost_a_race(error)
                             ):
                                 raise
+                            failed.append((delivery, error))
+                            if returned or connection.invalidated:
+                                break
                             if savepoint.is_active:  # a flush that fails rolls back to it by itself
                                 await savepoint.rollback()
-                            failed.append((delivery, error))
                         else:
-                            await savepoint.commit()
                             succeeded.append(delivery)
-                        delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
-                    if succeeded:
-                        await self._commit(succeeded, connection, connection.commit)
+                    else:
+                        if succeeded:
+                            await self._commit_together(succeeded, connection)
+                        for delivery, reason in (*gone, *failed):
+                            self.finish(delivery, reason)
+                        self._stored(succeeded)
+                        return
+                    # The last one has cost the connection, as it was cancelled amid a statement, or the transaction, as
+                    # it said nothing of an error: the others go on without it.
+                    gone.append(failed[-1])
+                    left.remove(failed[-1][0])
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
                         raise
-                else:
-                    for delivery, reason in failed:
-                        self.finish(delivery, reason)
-                    self._stored(succeeded)
-                    return
-            await asyncio.sleep(random.uniform(0, 0.01 * min(rerun + 1, 20)))
+                    rerun += 1
+            await asyncio.sleep(random.uniform(0, 0.01 * min(rerun, 20)))
+
+    async def _call_in(self, connection: AsyncConnection, delivery: Delivery, together: int) -> None:
+        """Call the handler for one of several in a transaction, and have what it wrote sent in its name."""
+        delivery.in_doubt = False
+        handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
+        delivery.began = time.perf_counter()
+        if self.worker.observing is not None and self.worker.observing.watching:
+            self.begins(delivery, together)
+        async with AsyncSession(connection, expire_on_commit=False, join_transaction_mode="rollback_only") as session:
+            with handed_out(session, self.name):
+                await self._call_with(delivery, session)
+            await session.flush()
+        delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
+
+    async def _commit_together(self, deliveries: Sequence[Delivery], connection: AsyncConnection) -> None:
+        """Raises `_CommitRefused` where the server refuses what they have written, though nothing failed before."""
+        try:
+            await self._commit(deliveries, connection, connection.commit)
+        except DBAPIError as error:
+            if error.connection_invalidated or lost_a_race(error):
+                raise
+            raise _CommitRefused from error
 
     async def _call_with(self, delivery: Delivery, session: AsyncSession) -> None:
         context = self.context_of(delivery) if self.subscription.context_parameter is not None else None
@@ -1286,6 +1315,10 @@ def _clear_cancellation() -> None:
     task = asyncio.current_task()
     while task is not None and task.cancelling():
         task.uncancel()
+
+
+class _CommitRefused(Exception):
+    """A transaction with several deliveries was rolled back by its COMMIT, as by a constraint that is checked then."""
 
 
 def _is_its_own(error: BaseException, deliveries: Iterable[Delivery]) -> bool:
