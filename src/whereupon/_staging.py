@@ -422,6 +422,17 @@ def handed_out(session: AsyncSession, handler: str) -> Iterator[None]:
                     part.__dict__[verb] = attributes[verb]
 
 
+def make_as_new(session: AsyncSession) -> None:
+    """For the next handler in its transaction: without what the one before has left in it, once that is sent.
+
+    Faster than a new session on the same connection.
+    """
+    session.expunge_all()
+    session.autoflush = True
+    for key in session.info.keys() - {_KEY}:
+        del session.info[key]
+
+
 @contextlib.asynccontextmanager
 async def own_session(engine: Engine) -> AsyncIterator[AsyncSession]:
     """A session for one delivery, on an engine with an async driver."""

@@ -19,7 +19,7 @@ import msgspec
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from whereupon._staging import handed_out, reuse_savepoint_names
+from whereupon._staging import handed_out, make_as_new, reuse_savepoint_names
 from whereupon.context import NO_METADATA, EventContext, Metadata, decode_metadata, handling
 from whereupon.errors import Discard, EventDecodingError, HandlerTimeout, LeaseLost, RetryLater, UnknownEventError
 from whereupon.event import DomainEvent
@@ -799,7 +799,7 @@ class Lane:
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun + 1, 20)))
 
     async def _together_in_transaction(self, deliveries: Sequence[Delivery]) -> None:
-        """Run the handler for each, in a session of its own, and commit what they wrote at once.
+        """Run the handler for each, and commit what they wrote at once.
 
         A savepoint for each would be as many round trips to the server as a transaction for each has. So there are none
         as long as nothing fails; where something does, all is rolled back, and run again with savepoints.
@@ -822,17 +822,18 @@ class Lane:
 
     async def _without_savepoints(self, deliveries: Sequence[Delivery]) -> BaseException | None:
         """Run the handler for each, and commit if none fails; else what one has raised, and nothing was written."""
-        async with self.worker.connections, self.store.engine.connect() as connection:
+        async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
             try:
-                await connection.begin()
-                for delivery in deliveries:
-                    await self._call_in(connection, delivery, len(deliveries))
+                with handed_out(session, self.name):
+                    for delivery in deliveries:
+                        await self._call_in(session, delivery, len(deliveries))
+                        make_as_new(session)
             except BaseException as error:
                 if not _is_its_own(error, deliveries):
                     raise
                 return error
             try:
-                await self._commit_together(deliveries, connection)
+                await self._commit_together(deliveries, session)
             except DBAPIError as error:
                 if lost_a_race(error):
                     return error
@@ -858,7 +859,11 @@ class Lane:
                         savepoint = await connection.begin_nested()
                         returned = False
                         try:
-                            await self._call_in(connection, delivery, len(left))
+                            async with AsyncSession(
+                                connection, expire_on_commit=False, join_transaction_mode="rollback_only"
+                            ) as session:
+                                with handed_out(session, self.name):
+                                    await self._call_in(session, delivery, len(left))
                             returned = True
                             await savepoint.commit()
                         except BaseException as error:
@@ -890,23 +895,22 @@ class Lane:
                     rerun += 1
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun, 20)))
 
-    async def _call_in(self, connection: AsyncConnection, delivery: Delivery, together: int) -> None:
+    async def _call_in(self, session: AsyncSession, delivery: Delivery, together: int) -> None:
         """Call the handler for one of several in a transaction, and have what it wrote sent in its name."""
         delivery.in_doubt = False
         handling.set((delivery.logged.event.event_id, delivery.logged.metadata))
         delivery.began = time.perf_counter()
         if self.worker.observing is not None and self.worker.observing.watching:
             self.begins(delivery, together)
-        async with AsyncSession(connection, expire_on_commit=False, join_transaction_mode="rollback_only") as session:
-            with handed_out(session, self.name):
-                await self._call_with(delivery, session)
+        await self._call_with(delivery, session)
+        if session.new or session.dirty or session.deleted:
             await session.flush()
         delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
 
-    async def _commit_together(self, deliveries: Sequence[Delivery], connection: AsyncConnection) -> None:
+    async def _commit_together(self, deliveries: Sequence[Delivery], on: AsyncSession | AsyncConnection) -> None:
         """Raises `_CommitRefused` where the server refuses what they have written, though nothing failed before."""
         try:
-            await self._commit(deliveries, connection, connection.commit)
+            await self._commit(deliveries, on, on.commit)
         except DBAPIError as error:
             if error.connection_invalidated or lost_a_race(error):
                 raise
