@@ -422,7 +422,7 @@ class Board:
                 )
             )
         return self._pages.show(
-            visit, "catalogue.html.jinja", here="catalogue", known=known, newest=sum(newest.values())
+            visit, "catalogue.html.jinja", here="catalogue", known=known, newest=sum(newest.values()), reading=reading
         )
 
     async def event_type(self, visit: Visit) -> Response:

@@ -153,7 +153,7 @@ class Gauges:
             if self._task.done() and (failure := self._failure) is not None:
                 self._failure = None
                 raise failure
-        return self._reading
+        return None if self._age() > STALE else self._reading
 
     async def close(self) -> None:
         if self._task is not None:
