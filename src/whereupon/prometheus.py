@@ -71,8 +71,8 @@ class _Names:
         return name
 
     def known(self) -> tuple[str, ...]:
-        """Those that have a label of their own."""
-        return tuple(self._known)
+        """The labels that there are: those of their own, and, once there is no room for more, that of all others."""
+        return (*self._known, OTHER) if len(self._known) >= self._most else tuple(self._known)
 
 
 class _Histogram:
