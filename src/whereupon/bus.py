@@ -214,8 +214,8 @@ class Subscribing:
         `concurrency` how many calls run at once in one process; `required` makes a failure IN_TRANSACTION raise to the
         publisher. `ordered_by` names a field: events with equal values are delivered one at a time, in the order of
         publishing. `lanes` is into how many shares the subscription is split when it is first registered, so how many
-        workers can share its load; `batch` how many deliveries may share one session and transaction, to be called once
-        more where one of them fails (a quarter of `in_flight` at most); `rate` how many there are a second, by all
+        workers can share its load; `batch` how many deliveries may share one transaction, to be called again where one
+        of them fails (a quarter of `in_flight` at most); `rate` how many there are a second, by all
         workers together. `start` is where in the log it begins when it is first registered: "now", at the "beginning"
         or at a time; `backfill_rate` is its `rate` until it has caught up. `within` is its promise: how long after an
         event was published it is settled at the latest, as seconds, a timedelta or text ("30s", "5m"); nothing enforces
