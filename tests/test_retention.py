@@ -22,6 +22,7 @@ from tests.notebook import Records, until
 from tests.statements import statements
 from whereupon import ActionRefused, DomainEvent, EventBus, Retry, Workflow, _postgres, retention, worker
 from whereupon._postgres import PostgresStore
+from whereupon.pace import Pace
 from whereupon.retention import Pruned, Upkeep, make_partitions, mark, partitions_of, prune
 
 pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
@@ -829,8 +830,9 @@ async def test_the_command_shows_the_plan_then_prunes_and_names_what_holds_back(
     }  # fmt: skip
     shown = await asyncio.to_thread(whereupon, *about, *why)
     assert "asleep (lane 0: paused" in shown.stdout
-    soon = await asyncio.to_thread(whereupon, "--url", url, "--older-than", "soon", *why)
-    assert (soon.returncode, "as in 30d" in soon.stderr) == (2, True)
+    for age, reason in (("soon", "as in 30d"), ("999999d", "longer than anything was kept")):
+        refused = await asyncio.to_thread(whereupon, "--url", url, "--older-than", age, *why)
+        assert (refused.returncode, reason in refused.stderr) == (2, True), refused
 
 
 async def test_pruning_at_a_rate_takes_no_more_at_once_than_a_second_may_have(bus: EventBus) -> None:
@@ -843,10 +845,54 @@ async def test_pruning_at_a_rate_takes_no_more_at_once_than_a_second_may_have(bu
     assert report.deleted == 5
     assert sum("DELETE FROM" in one.sql and "whereupon_log" in one.sql for one in sent) == 3
     for rate in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(ActionRefused, match="would never end"):
+        with pytest.raises(ActionRefused, match="a rate is a number above 0"):
             await bus.operator.prune("full disk", older_than=ALL, rate=rate)
     with pytest.raises(ActionRefused, match="say why"):
         await bus.operator.prune(" ", older_than=ALL)
+
+
+async def test_pruning_at_a_rate_goes_on_behind_what_may_not_go(on_postgres: EventBus) -> None:
+    bus = on_postgres
+    heard_by(bus, "awake")
+    async with bus:
+        await publish(bus, *range(5))
+        await bus.drain(10)
+    later = "UPDATE whereupon_log SET recorded_at = recorded_at + interval '1 day' WHERE position IN (2, 3)"
+    await execute(bus, later)
+    plan = await bus.operator.prunable(older_than=ALL)
+    report = await bus.operator.prune("full disk", older_than=ALL, rate=1)
+    assert (plan.deleted, report.deleted) == (3, 3)
+    assert await positions(bus) == [2, 3]
+
+
+async def test_a_pace_waits_for_as_long_as_so_much_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waited = 100.0, list[float]()
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        waited.append(seconds)
+        now += seconds
+
+    monkeypatch.setattr("whereupon.pace.time.monotonic", lambda: now)
+    monkeypatch.setattr("whereupon.pace.asyncio.sleep", sleep)
+    pace = Pace("prune", 4.0, 5000)
+    for done in (0, 4, 8, 20):
+        await pace.keep(done)
+    assert (pace.at_once, waited) == (4, [1.0, 1.0, 3.0])
+    now += 60
+    await pace.keep(24)
+    assert len(waited) == 3, "what is late already waits for nothing"
+    assert Pace("prune", None, 5000).at_once == 5000
+    assert Pace("prune", 0.25, 5000).at_once == 1
+
+
+@pytest.mark.parametrize("older_than", [timedelta(days=-1), timedelta(days=10**6)])
+async def test_an_age_that_is_none_is_refused_and_nothing_recorded(bus: EventBus, older_than: timedelta) -> None:
+    await bus.deliveries()
+    for pruning in (bus.operator.prunable(older_than=older_than), bus.operator.prune("why", older_than=older_than)):
+        with pytest.raises(ValueError, match=r"an age is not negative|longer than anything was kept"):
+            await pruning
+    assert await bus.operator.actions() == []
 
 
 async def test_of_a_pruning_that_was_interrupted_it_is_known_who_began_it(bus: EventBus) -> None:

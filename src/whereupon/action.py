@@ -990,7 +990,8 @@ class Operator:
         Whatever a cursor has not passed is kept, however old: one of a subscription that is paused, or that no worker
         serves any more, too. Dead letters hold a copy of their event and keep nothing. On PostgreSQL whole partitions
         are dropped, by a user who owns the tables; what goes row by row goes `rate` a second, at most. Raises
-        `ValueError` for a negative age, `DatabaseError` and `SchemaError`; what went until then is gone.
+        `ActionRefused` without a reason and for a rate that is none, `ValueError` for an age that is none,
+        `DatabaseError` and `SchemaError`; what went until then is gone.
         """
         by = _by(reason, author)
         details: dict[str, Any] = {"older_than": older_than.total_seconds(), "rate": rate}

@@ -43,7 +43,8 @@ from whereupon.console import (
     say,
 )
 from whereupon.durable import EventBus
-from whereupon.errors import DatabaseUnavailableError, WhereuponError
+from whereupon.errors import ActionRefused, DatabaseUnavailableError, WhereuponError
+from whereupon.pace import check_rate
 from whereupon.retention import Pruned
 
 SHOWN: Final = 10
@@ -280,7 +281,8 @@ def prune(
     audit trail is never pruned.
     """
     age = age_of(older_than)
-    if reason is None and not dry_run:
+    check_rate("prune", rate)
+    if not dry_run and not (reason or "").strip():
         raise Refused("say why: --reason TEXT is kept with what is done. --dry-run only says what would go")
 
     async def work(bus: EventBus) -> int:
@@ -495,10 +497,9 @@ def replay(
         one = await _handler(bus, name)
         span = f"from {since or 'the beginning'} to {until or 'now'}"
         found = await bus.operator.replayable(name, since=_aware(since), until=_aware(until))
-        if found is not None:  # else it is refused below, with the reason
-            plan = f"deliver {span}, {_many(found, rate)}, to {_plan_for(one)} again, each with a new idempotency key"
-            if not _confirm(plan, yes):
-                return EXIT_ERROR
+        plan = f"deliver {span}, {_many(name, found, rate)}, to {_plan_for(one)} again, each with a new idempotency key"
+        if not _confirm(plan, yes):
+            return EXIT_ERROR
         generation = await bus.operator.replay(
             name, reason, since=_aware(since), until=_aware(until), rate=rate, author=author
         )
@@ -532,7 +533,8 @@ def backfill(
         one = await _handler(bus, name)
         span = f"from {since or 'the beginning'} to {one.created_at:%Y-%m-%d %H:%M:%S} UTC, when it was registered,"
         found = await bus.operator.replayable(name, since=_aware(since), until=one.created_at)
-        if found is not None and not _confirm(f"deliver what is {span} {_many(found, rate)}, to {_plan_for(one)}", yes):
+        plan = f"deliver what is {span} {_many(name, found, rate)}, to {_plan_for(one)}"
+        if not _confirm(plan, yes):
             return EXIT_ERROR
         generation = await bus.operator.backfill(name, reason, since=_aware(since), rate=rate, author=author)
         text = f"{name} gets what is {span} as generation {generation}."
@@ -541,7 +543,9 @@ def backfill(
     return operate(target, None, work)
 
 
-def _many(found: Span, rate: float | None) -> str:
+def _many(name: str, found: Span | None, rate: float | None) -> str:
+    if found is None:
+        raise ActionRefused(f"there is nothing in the log that {name} hears in that time")
     speed = "" if rate is None else f" at {rate:g} a second"
     return f"{found.most} events at most (positions {found.first} to {found.last}){speed}"
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from whereupon.durable import EventBus
+from whereupon.retention import check_age
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
@@ -113,8 +114,10 @@ def age_of(text: str) -> timedelta:
     if match is None:
         raise Refused(f"--older-than {text!r} is no age: write a number and s, m, h, d or w, as in 30d")
     try:
-        return timedelta(**{_UNITS[match[2]]: int(match[1])})
-    except OverflowError:
+        age = timedelta(**{_UNITS[match[2]]: int(match[1])})
+        check_age(age)
+        return age
+    except (OverflowError, ValueError):
         raise Refused(f"--older-than {text} is longer than anything was kept") from None
 
 

@@ -11,7 +11,7 @@ from whereupon.errors import ActionRefused
 def check_rate(what: str, rate: float | None) -> None:
     """Raises `ActionRefused` for a rate at which the work would never end."""
     if rate is not None and not 0 < rate < float("inf"):
-        raise ActionRefused(f"{what} at {rate} a second would never end: say more than 0, or None")
+        raise ActionRefused(f"{what} at {rate} a second: a rate is a number above 0, left out where there is none")
 
 
 class Pace:

@@ -163,9 +163,13 @@ async def prune(
 
 
 def check_age(age: timedelta) -> None:
-    """Raises `ValueError` for one that lies in the future."""
+    """Raises `ValueError` for one that lies in the future, or before all time."""
     if age < timedelta(0):
         raise ValueError(f"prune(older_than={age}): an age is not negative")
+    try:
+        datetime.now(UTC) - timedelta(days=1) - age
+    except OverflowError:
+        raise ValueError(f"prune(older_than={age}): longer than anything was kept") from None
 
 
 def _on_postgres(store: Store) -> TypeGuard[PostgresStore]:
@@ -453,12 +457,12 @@ async def _delete_rows(
         await pace.keep(report.deleted + deleted)
         async with store.writing() as connection:
             await store.exclusively(connection, "retention")
-            values = {"before": before, "after": after, "limit": pace.at_once}
+            values = {"before": before, "after": after, "limit": BATCH, "most": pace.at_once}
             row = (await connection.execute(_batch(partition.name, report.dry_run), values)).one()
         deleted += row.gone
-        if not row.gone or row.seen < pace.at_once:  # behind a batch in which nothing may go little will
-            break
-        after = row.last
+        if row.gone < pace.at_once and (not row.gone or row.seen < BATCH):
+            break  # behind a batch in which nothing may go little will
+        after = row.last if row.gone < pace.at_once else row.last_gone
         on_progress(f"{deleted} events of {partition.name} deleted")
         await asyncio.sleep(BREATH)
     report.deleted += deleted
@@ -474,7 +478,7 @@ async def _delete_rows(
 def _batch(partition: str, dry_run: bool) -> Any:
     chosen = (
         f"SELECT l.position FROM batch l WHERE l.recorded_at < :before AND NOT EXISTS (SELECT 1 FROM place c "
-        f"WHERE {_UNPASSED})"
+        f"WHERE {_UNPASSED}) ORDER BY l.position LIMIT :most"
     )
     gone = chosen if dry_run else f"DELETE FROM {partition} WHERE position IN ({chosen}) RETURNING position"
     return text(
@@ -485,7 +489,7 @@ def _batch(partition: str, dry_run: bool) -> Any:
         f"batch AS MATERIALIZED (SELECT position, tx_id, recorded_at FROM {partition} WHERE position > :after "
         f"ORDER BY position LIMIT :limit), gone AS ({gone}) "
         "SELECT (SELECT count(*) FROM batch) AS seen, (SELECT max(position) FROM batch) AS last, "
-        "(SELECT count(*) FROM gone) AS gone"
+        "(SELECT count(*) FROM gone) AS gone, (SELECT max(position) FROM gone) AS last_gone"
     ).bindparams(bindparam("before", type_=DateTime(timezone=True)))
 
 
