@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import json
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.util import await_only
 
 from whereupon.schema import UTCDateTime, exception, log, process
 from whereupon.schema import cursor as cursor_table
@@ -63,19 +65,29 @@ def configure(engine: AsyncEngine) -> None:
         # The sqlite3 module begins transactions by itself, at the first write and never for SELECT or SAVEPOINT.
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in (
-            f"busy_timeout={BUSY_SECONDS * 1000:.0f}",
-            "journal_mode=WAL",
-            "synchronous=NORMAL",
-            "foreign_keys=ON",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000:.0f}")
+        _use_wal(cursor)
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:
         if not connection.get_execution_options().get("whereupon_begins"):
             connection.exec_driver_sql("BEGIN")
+
+
+def _use_wal(cursor: Any) -> None:
+    """Where several make a new file one with WAL at once, SQLite refuses all but one without waiting."""
+    gives_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > gives_up:
+                raise
+        await_only(asyncio.sleep(0.02))
 
 
 def _let_go_of_locks(connection: Any, *_: object) -> None:
