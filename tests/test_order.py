@@ -490,9 +490,8 @@ async def test_deliveries_of_a_batch_share_a_transaction(buses: tuple[EventBus, 
     @bus.subscribe(PageTurned, name="reader", batch=20, lanes=1)
     async def reader(event: PageTurned, session: AsyncSession) -> None:
         assert not session.identity_map.keys()
-        assert "number" not in session.info
         assert session.autoflush is True
-        session.info["number"], session.autoflush = event.number, False
+        session.autoflush = False
         calls[event.number] += 1
         await session.execute(
             text("INSERT INTO page VALUES (:book, :number)"), {"book": event.book, "number": event.number}
@@ -532,14 +531,16 @@ class _Written(_Base):
     number: Mapped[int | None]
 
 
+@pytest.mark.parametrize("bad", [7, 39], ids=["amid others", "the last"])
 @pytest.mark.parametrize(
     "how",
     [
         "raises", "ends suddenly", "is cancelled", "is cancelled when it has returned", "times out amid a statement",
-        "breaks a rule", "breaks a rule and says nothing", "breaks a rule at last", "breaks a rule at COMMIT",
+        "breaks a rule", "breaks a rule and says nothing", "breaks a rule in its session and says nothing",
+        "breaks a rule at last", "breaks a rule at COMMIT",
     ],
 )  # fmt: skip
-async def test_a_bad_one_of_a_batch_costs_only_itself(buses: tuple[EventBus, EventBus], how: str) -> None:
+async def test_a_bad_one_of_a_batch_costs_only_itself(buses: tuple[EventBus, EventBus], how: str, bad: int) -> None:
     bus, _ = buses
     on_postgres = bus.engine.dialect.name == "postgresql"
     if how == "breaks a rule and says nothing" and not on_postgres:
@@ -551,10 +552,14 @@ async def test_a_bad_one_of_a_batch_costs_only_itself(buses: tuple[EventBus, Eve
         calls[event.number] += 1
         row = {"serial": event.number, "book": event.book, "number": event.number}
         insert = text("INSERT INTO page VALUES (:serial, :book, :number)")
-        if event.number != 7:
+        if event.number != bad:
             await session.execute(insert, row)
         elif how == "breaks a rule at last":
             session.add(_Written(serial=event.number, book=event.book, number=None))
+        elif how == "breaks a rule in its session and says nothing":
+            session.add(_Written(serial=event.number, book=event.book, number=None))
+            with contextlib.suppress(IntegrityError):
+                await session.flush()
         elif how == "breaks a rule at COMMIT":
             await session.execute(insert, row | {"number": 1_000})
         elif how == "breaks a rule and says nothing":
@@ -604,10 +609,58 @@ async def test_a_bad_one_of_a_batch_costs_only_itself(buses: tuple[EventBus, Eve
             written = list(await connection.scalars(text("SELECT number FROM page ORDER BY number")))
     number_of = {event.event_id: event.number for event in events}
     assert {number_of[one.event_id]: (one.state, one.attempts) for one in found} == {
-        number: ("dead", 2) if number == 7 else ("succeeded", 1) for number in range(40)
+        number: ("dead", 2) if number == bad else ("succeeded", 1) for number in range(40)
     }
-    assert written == [number for number in range(40) if number != 7]
-    assert max(number for page, number in calls.items() if page != 7) <= 3
+    assert written == [number for number in range(40) if number != bad]
+    assert max(number for page, number in calls.items() if page != bad) <= 3
+
+
+async def test_savepoints_that_a_handler_leaves_open_keep_what_it_wrote(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+
+    @bus.subscribe(PageTurned, name="reader", batch=20, lanes=1, retry=Retry(max_attempts=1))
+    async def reader(event: PageTurned, session: AsyncSession) -> None:
+        await session.begin_nested()
+        await session.execute(text("INSERT INTO page VALUES ('a', :number)"), {"number": event.number})
+        if event.number == 7:
+            raise RuntimeError
+
+    await bus.start(deliver=False)
+    events = await turn(bus, *(("a", number) for number in range(20)))
+    await bus.close()
+    async with bus:
+        await bus.drain(20)
+        assert (await states(bus, events)).count("succeeded") == 19
+        async with bus.engine.connect() as connection:
+            written = list(await connection.scalars(text("SELECT number FROM page ORDER BY number")))
+    assert written == [number for number in range(20) if number != 7]
+
+
+async def test_a_hook_that_raises_after_the_commit_doubles_nothing(buses: tuple[EventBus, EventBus]) -> None:
+    bus, _ = buses
+
+    @bus.subscribe(PageTurned, name="reader", batch=20, lanes=1, retry=Retry(max_attempts=3, first=0))
+    async def reader(event: PageTurned, session: AsyncSession) -> None:
+        session.sync_session.info["hooked"] = True
+        await session.execute(text("INSERT INTO page VALUES ('a', :number)"), {"number": event.number})
+
+    def raises(session: Session) -> None:
+        if session.info.get("hooked"):
+            raise LookupError("too late")
+
+    await bus.start(deliver=False)
+    events = await turn(bus, *(("a", number) for number in range(20)))
+    await bus.close()
+    sqlalchemy_events.listen(Session, "after_commit", raises)
+    try:
+        async with bus:
+            await bus.drain(20)
+            found = await states(bus, events)
+    finally:
+        sqlalchemy_events.remove(Session, "after_commit", raises)
+    async with bus.engine.connect() as connection:
+        written = list(await connection.scalars(text("SELECT number FROM page ORDER BY number")))
+    assert (found, written) == (["succeeded"] * 20, list(range(20)))
 
 
 ENDLESS = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 3000000) SELECT count(*) FROM c"

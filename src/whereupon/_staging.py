@@ -425,12 +425,10 @@ def handed_out(session: AsyncSession, handler: str) -> Iterator[None]:
 def make_as_new(session: AsyncSession) -> None:
     """For the next handler in its transaction: without what the one before has left in it, once that is sent.
 
-    Faster than a new session on the same connection.
+    Faster than a new session on the same connection. Its `info` stays: hooks may keep there what they do at the commit.
     """
     session.expunge_all()
     session.autoflush = True
-    for key in session.info.keys() - {_KEY}:
-        del session.info[key]
 
 
 @contextlib.asynccontextmanager

@@ -533,9 +533,10 @@ def backfill(
         one = await _handler(bus, name)
         span = f"from {since or 'the beginning'} to {one.created_at:%Y-%m-%d %H:%M:%S} UTC, when it was registered,"
         found = await bus.operator.replayable(name, since=_aware(since), until=one.created_at)
-        plan = f"deliver what is {span} {_many(name, found, rate)}, to {_plan_for(one)}"
-        if not _confirm(plan, yes):
-            return EXIT_ERROR
+        if found is not None:  # else it is refused below, for that or because it was done before
+            plan = f"deliver what is {span} {_many(name, found, rate)}, to {_plan_for(one)}"
+            if not _confirm(plan, yes):
+                return EXIT_ERROR
         generation = await bus.operator.backfill(name, reason, since=_aware(since), rate=rate, author=author)
         text = f"{name} gets what is {span} as generation {generation}."
         return _done(text, as_json, subscription=name, generation=generation)

@@ -815,9 +815,18 @@ class Lane:
             else:
                 self.share.with_savepoints = WITH_SAVEPOINTS
             await self._with_savepoints(deliveries, rerun)
-        except _CommitRefused:  # for the sake of one of them, and nobody knows of which
+        except _CommitRefused as refused:  # for the sake of one of them, and nobody knows of which
+            async with self.store.reading() as connection:
+                done = await self.store.done_now(connection, self.cursor)
             for delivery in deliveries:
-                if not delivery.ended:
+                if delivery.ended:
+                    continue
+                if self.lost:
+                    delivery.cut_short = True
+                    self._put_back(delivery)
+                elif delivery.position in done:  # it was committed all the same, and what raised came after that
+                    self.finish(delivery, refused.__cause__)
+                else:
                     await self._transact([delivery])
 
     async def _without_savepoints(self, deliveries: Sequence[Delivery]) -> BaseException | None:
@@ -845,7 +854,7 @@ class Lane:
         """Run the handler for each, in a savepoint; commit all that succeeded at once."""
         gone: list[tuple[Delivery, BaseException]] = []
         left = list(deliveries)
-        while True:
+        while left:
             succeeded, failed = [], []
             engine = self.store.locking_engine if rerun else self.store.engine
             async with self.worker.connections, engine.connect() as connection:
@@ -864,6 +873,7 @@ class Lane:
                             ) as session:
                                 with handed_out(session, self.name):
                                     await self._call_in(session, delivery, len(left))
+                                await session.commit()  # of savepoints that it has left open, and of nothing else
                             returned = True
                             await savepoint.commit()
                         except BaseException as error:
@@ -894,6 +904,8 @@ class Lane:
                         raise
                     rerun += 1
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun, 20)))
+        for delivery, reason in gone:
+            self.finish(delivery, reason)
 
     async def _call_in(self, session: AsyncSession, delivery: Delivery, together: int) -> None:
         """Call the handler for one of several in a transaction, and have what it wrote sent in its name."""
@@ -905,14 +917,18 @@ class Lane:
         await self._call_with(delivery, session)
         if session.new or session.dirty or session.deleted:
             await session.flush()
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            await asyncio.sleep(0)  # what it has cancelled is its own call, not what comes next
         delivery.microseconds = int((time.perf_counter() - delivery.began) * 1e6)
 
     async def _commit_together(self, deliveries: Sequence[Delivery], on: AsyncSession | AsyncConnection) -> None:
-        """Raises `_CommitRefused` where the server refuses what they have written, though nothing failed before."""
+        """Raises `_CommitRefused` where what they have written is refused, though nothing failed before."""
         try:
             await self._commit(deliveries, on, on.commit)
-        except DBAPIError as error:
-            if error.connection_invalidated or lost_a_race(error):
+        except LeaseLost:
+            raise
+        except Exception as error:
+            if isinstance(error, DBAPIError) and (error.connection_invalidated or lost_a_race(error)):
                 raise
             raise _CommitRefused from error
 
@@ -1322,7 +1338,7 @@ def _clear_cancellation() -> None:
 
 
 class _CommitRefused(Exception):
-    """A transaction with several deliveries was rolled back by its COMMIT, as by a constraint that is checked then."""
+    """A transaction with several deliveries could not be committed, as for a constraint that is checked then."""
 
 
 def _is_its_own(error: BaseException, deliveries: Iterable[Delivery]) -> bool:
