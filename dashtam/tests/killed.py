@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,18 +22,15 @@ from typing import Any, Final
 import aiosmtplib
 import httpx
 from banked import Clock
-from served import QUICK
-from sqlalchemy import Engine, event, func, select
+from served import QUICK, settle
+from sqlalchemy import Engine, event
 
 from dashtam.bootstrap import Settings, api_of, build
 from dashtam.infrastructure.bank import SANDBOX, ProviderSettings
 from dashtam.infrastructure.logs import make_logger
 from whereupon import EventBus
-from whereupon.schema import log, workflow
 
-PATIENCE: Final = 60.0  # seconds for a fork
 LEASE: Final = 1.0
-OPEN: Final = ("running", "retrying", "waiting", "parked")
 
 _WRITTEN = re.compile(r"\b(?:INSERT INTO|DELETE FROM|(?<!FOR )(?<!DO )(?<!NO KEY )UPDATE(?! OF\b))\s+\"?([a-z_]+)")
 _HOUSEKEEPING = {"whereupon_process", "whereupon_cursor", "whereupon_exception"}
@@ -141,35 +137,6 @@ def watch_mails(steps: Steps) -> None:
             return await send(message, *args, **options)
 
     setattr(aiosmtplib, "send", watched)  # noqa: B010 (the module says its type is this very function)
-
-
-async def unsettled(bus: EventBus, since: int) -> list[str]:
-    """What is still to come of what was published after this position; nothing once everything has followed."""
-    async with bus.engine.connect() as connection:
-        last = await connection.scalar(select(func.max(log.c.position)))
-        events = list(await connection.scalars(select(log.c.event_id).where(log.c.position > since)))
-        open_ones = list(await connection.scalars(select(workflow.c.name).where(workflow.c.state == "open")))
-    if open_ones:
-        return [f"{name} is open" for name in open_ones]
-    waiting = [
-        f"{each.subscription}: {each.event_type} is {each.state}"
-        for each in (await bus.deliveries(*events) if events else [])
-        if each.state in OPEN
-    ]
-    if waiting:
-        return waiting
-    async with bus.engine.connect() as connection:
-        if last != await connection.scalar(select(func.max(log.c.position))):
-            return ["something was published meanwhile"]
-    return []
-
-
-async def settle(bus: EventBus, since: int) -> None:
-    give_up = time.monotonic() + PATIENCE
-    while left := await unsettled(bus, since):
-        if time.monotonic() > give_up:
-            raise AssertionError(f"after {PATIENCE:g} s: {'; '.join(left)}")
-        await asyncio.sleep(0.03)
 
 
 class Stage:

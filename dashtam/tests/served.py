@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from uuid import UUID
 
 import httpx
 from aiosmtpd.smtp import SMTP, Envelope, Session
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from dashtam.bootstrap import Application, Settings, api_of, build
@@ -27,6 +29,7 @@ from dashtam.infrastructure import schema
 from dashtam.infrastructure.logs import make_logger
 from dashtam.infrastructure.secret_keys import make_key
 from whereupon import EventBus
+from whereupon.schema import log, workflow
 
 T = TypeVar("T")
 
@@ -35,6 +38,8 @@ QUICK: Final[dict[str, Any]] = {"argon2_memory_kib": 8_192, "argon2_time_cost": 
 
 PASSWORD = "correct horse 7"
 PATIENCE = 20.0  # seconds until what must happen counts as not happening
+SETTLED: Final = 60.0  # seconds for all that follows
+OPEN: Final = ("running", "retrying", "waiting", "parked")
 
 
 async def eventually(look: Callable[[], Awaitable[T]]) -> T:
@@ -48,6 +53,35 @@ async def eventually(look: Callable[[], Awaitable[T]]) -> T:
     except TimeoutError:
         raise AssertionError(f"{look} still answers {answer!r} after {PATIENCE:g} s") from None
     return answer
+
+
+async def unsettled(bus: EventBus, since: int) -> list[str]:
+    """What is still to come of what was published after this position; nothing once everything has followed."""
+    async with bus.engine.connect() as connection:
+        last = await connection.scalar(select(func.max(log.c.position)))
+        events = list(await connection.scalars(select(log.c.event_id).where(log.c.position > since)))
+        open_ones = list(await connection.scalars(select(workflow.c.name).where(workflow.c.state == "open")))
+    if open_ones:
+        return [f"{name} is open" for name in open_ones]
+    waiting = [
+        f"{each.subscription}: {each.event_type} is {each.state}"
+        for each in (await bus.deliveries(*events) if events else [])
+        if each.state in OPEN
+    ]
+    if waiting:
+        return waiting
+    async with bus.engine.connect() as connection:
+        if last != await connection.scalar(select(func.max(log.c.position))):
+            return ["something was published meanwhile"]
+    return []
+
+
+async def settle(bus: EventBus, since: int) -> None:
+    give_up = time.monotonic() + SETTLED
+    while left := await unsettled(bus, since):
+        if time.monotonic() > give_up:
+            raise AssertionError(f"after {SETTLED:g} s: {'; '.join(left)}")
+        await asyncio.sleep(0.03)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from browsed import Town, browsing, connect_bank, log_in, page_of, town
 from playwright.async_api import Browser, Page, expect
-from served import PASSWORD, eventually
+from served import PASSWORD, eventually, settle
 
 from dashtam.application.sessions import LogIn
 from dashtam.bootstrap import build
@@ -87,6 +87,7 @@ async def test_a_person_registers_confirms_logs_in_connects_a_bank_and_watches_w
         await screenshot(page, "home", full_page=True)
 
         # nothing is loaded anew: what happens elsewhere appears
+        await settle(anywhere.dashtam.bus, 0)  # of what still followed from the connection, something would be newer
         await page.evaluate("window.untouched = true")
         before = await records(page)
         await anywhere.dashtam.log_in(ADA)

@@ -29,8 +29,8 @@ import msgspec
 import pytest
 from bank_visitor import sealed
 from banked import CALLBACK, Clock
-from killed import OPEN, settings_of, settle
-from served import PASSWORD, MailServer, Served, eventually, mail_server, served
+from killed import settings_of
+from served import OPEN, PASSWORD, MailServer, Served, eventually, mail_server, served, settle
 from sqlalchemy import func, make_url, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from test_sandbox_bank_process import address, banking
