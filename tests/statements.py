@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import aiosqlite
+import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -22,15 +24,24 @@ class Statement(NamedTuple):
 
 @contextmanager
 def statements(engine: type[Engine] | Engine = Engine) -> Iterator[list[Statement]]:
-    """All that goes through this engine (or any: workers have pools of their own), but for BEGIN."""
+    """All that goes through this engine, or any and what is asked of SQLite's driver; but for BEGIN and COMMIT."""
     seen: list[Statement] = []
+    ask = aiosqlite.Connection.execute_fetchall
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> None:
-        if not statement.startswith("BEGIN"):  # on PostgreSQL it is the driver's, and not seen here
+        # on PostgreSQL these are the driver's, and not seen here
+        if not statement.startswith(("BEGIN", "COMMIT", "PRAGMA data_version")):
             seen.append(Statement(" ".join(statement.split()), parameters))
+
+    def asked(connection: aiosqlite.Connection, statement: str, parameters: Any = ()) -> Any:
+        note(connection, None, statement, parameters)
+        return ask(connection, statement, parameters)
 
     event.listen(engine, "before_cursor_execute", note)
     try:
-        yield seen
+        with pytest.MonkeyPatch.context() as patch:
+            if engine is Engine:  # a worker asks the driver itself
+                patch.setattr(aiosqlite.Connection, "execute_fetchall", asked)
+            yield seen
     finally:
         event.remove(engine, "before_cursor_execute", note)

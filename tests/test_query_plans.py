@@ -405,7 +405,7 @@ async def test_on_sqlite_nothing_reads_all_of_the_log(sqlite_url: str) -> None:
             explained += 1
             plan = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", parameters)
             for *_, detail in plan:
-                for table in ("whereupon_log", EXCEPTION, " l", " x"):
+                for table in ("whereupon_log", "whereupon_cursor", EXCEPTION, " l", " x"):
                     assert not f"{detail} ".startswith(f"SCAN {table.strip()} "), f"{detail}\n{sql}"
     assert explained > 15
     await store.close()

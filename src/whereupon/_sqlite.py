@@ -6,21 +6,19 @@ import asyncio
 import contextlib
 import inspect
 import json
+import operator
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from sqlalchemy import (
     Connection,
-    LargeBinary,
-    Text,
     bindparam,
     case,
-    cast,
     event,
     func,
     insert,
@@ -55,6 +53,11 @@ from whereupon.store import (
 BUSY_SECONDS = 30.0
 _AT_ONCE: Final = 1000
 """Lanes claimed by one statement; SQLite takes 32,766 parameters."""
+_KEPT: Final = 3
+"""Connections that a worker keeps for what it asks most often: to read, to settle, and to read for those that lag."""
+
+
+_Ask: TypeAlias = Callable[..., Awaitable[Iterable[Any]]]
 
 
 def configure(engine: AsyncEngine) -> None:
@@ -129,6 +132,8 @@ class SQLiteStore(Store):
         self._pulse: AsyncConnection | None = None
         self._version: int | None = None
         self._next_at: dict[LaneKey, datetime] = {}
+        self._at_hand: list[AsyncConnection] = []
+        """Connections that are kept for the next who asks the driver."""
 
     def use(self, engine: AsyncEngine) -> None:
         self.own = engine.execution_options(whereupon_begins=True)  # else its BEGIN would come before ours
@@ -251,37 +256,55 @@ class SQLiteStore(Store):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator[_Ask]:
+        """Asks the driver what deliveries wait for, outside of transactions until there is a BEGIN.
+
+        aiosqlite has a thread for each connection. For SQLAlchemy it makes a cursor, executes, fetches, closes the
+        cursor and rolls back at the end, and each of these is two hops between threads: most of what a small statement
+        costs. So a worker asks the driver itself, and keeps the connections. Without a worker nobody waits.
+        """
+        if self._sibling is None:
+            async with self.own.connect() as connection:
+
+                async def slowly(statement: str, parameters: Sequence[Any] = ()) -> Iterable[Any]:
+                    result = await connection.exec_driver_sql(statement, tuple(parameters))
+                    return result.all() if result.returns_rows else ()
+
+                yield slowly
+            return
+        connection = self._at_hand.pop() if self._at_hand else await self.own.connect()
+        try:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            yield driver.execute_fetchall
+        except BaseException:
+            await connection.invalidate()  # a statement may be running still, in a transaction or not
+            await connection.close()
+            raise
+        if len(self._at_hand) < _KEPT and self._sibling is not None:
+            self._at_hand.append(connection)
+        else:
+            await connection.close()
+
     async def read(self, place: int, types: Sequence[str] | None, limit: int, toward: int | None = None) -> Page:
-        query = (
-            select(
-                log.c.position,
-                log.c.event_id,
-                log.c.type,
-                log.c.version,
-                # whoever repaired a row by hand may have left text, which the driver would not give as bytes
-                cast(log.c.payload, LargeBinary),
-                log.c.headers,
-                log.c["keys"],
-                cast(log.c.ran, Text),
-                log.c.recorded_at,
+        heard = "" if types is None else f" AND type IN ({', '.join('?' * len(types))})"
+        end = "" if toward is None else " AND position <= ?"
+        parameters = [place, *(types or ()), *(() if toward is None else (toward,)), limit]
+        async with self._asking() as ask:
+            found = list(await ask(_PAGE.format(heard=heard, end=end), parameters))
+        rows = [
+            Row(
+                position, UUID(event_id), type_, version, payload, headers, keys, ran,
+                datetime.fromisoformat(recorded_at).replace(tzinfo=UTC),
             )
-            .where(log.c.position > place)
-            .order_by(log.c.position)
-            .limit(limit)
-        )
-        if types is not None:
-            query = query.where(log.c.type.in_(types))
-        if toward is not None:
-            query = query.where(log.c.position <= toward)
-        async with self.reading() as connection:
-            last = toward
-            if last is None:
-                last = await connection.scalar(select(func.max(log.c.position))) or place
-            rows = [Row(*row) for row in await connection.execute(query)]
-        ended = len(rows) < limit
-        # an engine that reads outside transactions may have seen more rows than `last` says
-        after = max(place, last, rows[-1].position if rows else 0) if ended else rows[-1].position
-        return Page(rows, None, after, ended and toward is None)
+            for _, position, event_id, type_, version, payload, headers, keys, ran, recorded_at in found
+            if position is not None
+        ]  # fmt: skip
+        rows.sort(key=_position_of)
+        if len(rows) == limit:
+            return Page(rows, None, rows[-1].position, False)
+        last = (found[0][0] or place) if toward is None else toward
+        return Page(rows, None, max(place, last), toward is None)
 
     def within(self, window: None, position: int) -> int:
         return position
@@ -321,23 +344,24 @@ class SQLiteStore(Store):
 
     async def close(self) -> None:
         await self._end_pulse()
+        kept, self._at_hand = self._at_hand, []
+        for connection in kept:
+            await connection.close()
         await super().close()
 
     # --- settling ---------------------------------------------------------------------------------------------------
 
     async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
-        plain = [move for move in moves if not move.add and not move.drop]
-        held = {move.cursor.key for move in moves}
-        async with self.writing() as connection:
-            moved = 0
-            if plain:
-                moved = (await connection.execute(_MOVE_PLAINLY, [_moved(move) for move in plain])).rowcount
-            if moved != len(plain):  # some are lost: one by one tells which
-                plain = []
-            for move in moves:
-                if move not in plain and not (await connection.execute(_MOVE, _moved(move))).rowcount:
-                    held.discard(move.cursor.key)
-            await self.remember(connection, worker, remembered)
+        changes = [[*m.cursor.key, m.cursor.token, m.place, json.dumps(m.add), json.dumps(m.drop)] for m in moves]
+        pages = [_stored(page) for page in self._pages(worker, remembered)]
+        async with self._asking() as ask:
+            await ask("BEGIN IMMEDIATE")
+            held = {LaneKey(*key) for key in await ask(_SETTLE, (json.dumps(changes),))}
+            for first in range(0, len(pages), _AT_ONCE):
+                some = pages[first : first + _AT_ONCE]
+                values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(some))
+                await ask(f"{_REMEMBER} {values}", [value for page in some for value in page])
+            await ask("COMMIT")
         return held
 
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
@@ -394,12 +418,45 @@ class SQLiteStore(Store):
 
 
 _AT = "WHERE subscription = :subscription AND generation = :generation AND lane = :lane AND token = :token"
-_MOVE_PLAINLY: Final = text(f"UPDATE whereupon_cursor SET page = :page {_AT}")
+# In one statement with the page, since a transaction for both would be a step of the thread more.
+_PAGE: Final = (
+    "SELECT newest.position, page.* FROM (SELECT max(position) AS position FROM whereupon_log) AS newest LEFT JOIN ("
+    # whoever repaired a row by hand may have left text, which the driver would not give as bytes
+    "SELECT position, event_id, type, version, CAST(payload AS BLOB), headers, keys, CAST(ran AS TEXT), recorded_at "
+    "FROM whereupon_log WHERE position > ?{heard}{end} ORDER BY position LIMIT ?) AS page"
+)
+_SETTLE: Final = """
+UPDATE whereupon_cursor SET page = move.page, done = CASE WHEN move.added = '[]' AND move.dropped = '[]'
+    THEN whereupon_cursor.done ELSE (
+        SELECT json_group_array(d.value) FROM (
+            SELECT value FROM json_each(whereupon_cursor.done) UNION SELECT value FROM json_each(move.added)) AS d
+        WHERE d.value NOT IN (SELECT value FROM json_each(move.dropped))) END
+FROM (
+    SELECT json_extract(value, '$[0]') AS subscription, json_extract(value, '$[1]') AS generation,
+        json_extract(value, '$[2]') AS lane, json_extract(value, '$[3]') AS token,
+        json_extract(value, '$[4]') AS page, json_extract(value, '$[5]') AS added,
+        json_extract(value, '$[6]') AS dropped
+    FROM json_each(?)) AS move
+WHERE whereupon_cursor.subscription = move.subscription AND whereupon_cursor.generation = move.generation
+    AND whereupon_cursor.lane = move.lane AND whereupon_cursor.token = move.token
+RETURNING subscription, generation, lane
+"""
+_REMEMBER: Final = (
+    "INSERT INTO whereupon_history (subscription, generation, worker, first_position, last_position, entries, "
+    "recorded_at) VALUES"
+)
+_position_of: Final = operator.attrgetter("position")
 _MOVE: Final = text(
     "UPDATE whereupon_cursor SET page = :page, done = (SELECT json_group_array(d.value) FROM (SELECT value FROM "
     "json_each(whereupon_cursor.done) UNION SELECT value FROM json_each(:add)) AS d "
     f"WHERE d.value NOT IN (SELECT value FROM json_each(:drop))) {_AT}"
 )
+
+
+def _stored(page: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of the history, as its columns' types would have it stored."""
+    at = page["recorded_at"].replace(tzinfo=None).isoformat(" ", "microseconds")
+    return (*(page | {"worker": page["worker"].hex, "recorded_at": at}).values(),)
 
 
 def _moved(move: Move) -> dict[str, Any]:

@@ -1086,9 +1086,9 @@ def _is_refusal(error: Exception) -> bool:
     """Whether the database answered, but will not do what was asked of it: waiting alone mends nothing."""
     if isinstance(error, (ProgrammingError, IntegrityError, DataError)):
         return True
-    if isinstance(error, DBAPIError):
-        # SQLite has one class for what will pass and for what will not
-        return "sqlite" in type(error.orig).__module__ and not any(cause in str(error.orig) for cause in _PASSING)
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if "sqlite" in type(cause).__module__:  # which has one class for what will pass and for what will not
+        return not any(passing in str(cause) for passing in _PASSING)
     return isinstance(error, StatementError)
 
 
