@@ -24,8 +24,12 @@ class Statement(NamedTuple):
 
 @contextmanager
 def statements(engine: type[Engine] | Engine = Engine) -> Iterator[list[Statement]]:
-    """All that goes through this engine, or any and what is asked of SQLite's driver; but for BEGIN and COMMIT."""
+    """All that goes through this engine (or any: workers have pools of their own), but for BEGIN and COMMIT.
+
+    Workers ask SQLite's driver past SQLAlchemy; on connections of the engine's pool that is seen as well.
+    """
     seen: list[Statement] = []
+    ours: set[int] = set()
     ask = aiosqlite.Connection.execute_fetchall
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> None:
@@ -34,14 +38,19 @@ def statements(engine: type[Engine] | Engine = Engine) -> Iterator[list[Statemen
             seen.append(Statement(" ".join(statement.split()), parameters))
 
     def asked(connection: aiosqlite.Connection, statement: str, parameters: Any = ()) -> Any:
-        note(connection, None, statement, parameters)
+        if engine is Engine or id(connection) in ours:
+            note(connection, None, statement, parameters)
         return ask(connection, statement, parameters)
 
+    def taken(_: Any, record: Any, __: Any) -> None:
+        ours.add(id(record.driver_connection))
+
     event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "checkout", taken)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            if engine is Engine:  # a worker asks the driver itself
-                patch.setattr(aiosqlite.Connection, "execute_fetchall", asked)
+            patch.setattr(aiosqlite.Connection, "execute_fetchall", asked)
             yield seen
     finally:
         event.remove(engine, "before_cursor_execute", note)
+        event.remove(engine, "checkout", taken)

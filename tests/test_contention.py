@@ -47,6 +47,121 @@ async def test_a_transactional_handler_that_reads_and_then_waits_is_not_run_agai
     assert max(calls.values()) <= 2
 
 
+async def reserve_seats(bus: EventBus, number: int) -> None:
+    async with AsyncSession(bus.engine) as session, session.begin():
+        await session.execute(text("CREATE TABLE IF NOT EXISTS seats (number INTEGER)"))
+        await bus.publish(*[SeatReserved(number=n) for n in range(number)], session=session)
+
+
+async def reserved(bus: EventBus) -> list[int]:
+    async with AsyncSession(bus.engine) as session:
+        return sorted(await session.scalars(text("SELECT number FROM seats")))
+
+
+INSERT = text("INSERT INTO seats VALUES (:number)")
+
+
+async def test_on_sqlite_no_handler_sends_what_it_writes_before_the_one_that_writes_has_committed(
+    sqlite_url: str,
+) -> None:
+    """There it would sleep, and look for the lock now and then, while nobody writes."""
+    bus = EventBus(sqlite_url, create_tables=True)
+    writing, most = 0, 0
+
+    @bus.subscribe(SeatReserved, concurrency=5)
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        await asyncio.sleep(0.01)
+        await session.execute(INSERT, {"number": event.number})
+        await asyncio.sleep(0.002)
+
+    async with bus:
+
+        @listens_for(bus.engine.sync_engine, "before_cursor_execute")
+        def sent(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+            nonlocal writing, most
+            if statement.startswith("INSERT INTO seats"):
+                writing += 1
+                most = max(most, writing)
+
+        @listens_for(bus.engine.sync_engine, "commit")
+        def committed(_: object) -> None:
+            nonlocal writing
+            writing -= writing > 0
+
+        await reserve_seats(bus, 40)
+        await bus.drain(30)
+        assert await reserved(bus) == list(range(40))
+    assert most == 1
+
+
+async def test_on_sqlite_a_handler_that_reads_first_is_seldom_called_again_for_having_lost_a_race(
+    sqlite_url: str,
+) -> None:
+    bus = EventBus(sqlite_url, create_tables=True)
+    calls = 0
+
+    @bus.subscribe(SeatReserved, concurrency=5)
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        nonlocal calls
+        calls += 1
+        await session.execute(text("SELECT count(*) FROM seats"))
+        await asyncio.sleep(0.002)
+        await session.execute(INSERT, {"number": event.number})
+
+    async with bus:
+        await reserve_seats(bus, 60)
+        await bus.drain(30)
+        assert await reserved(bus) == list(range(60))
+    assert calls <= 60 + 3 * 5
+
+
+async def test_on_sqlite_the_turn_of_a_handler_that_ends_in_any_way_goes_to_the_next(sqlite_url: str) -> None:
+    bus = EventBus(sqlite_url, create_tables=True, logger=Records())
+
+    @bus.subscribe(SeatReserved, concurrency=5, timeout=0.3, retry=Retry(max_attempts=1))
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        await session.execute(INSERT, {"number": event.number})
+        if event.number == 0:
+            await asyncio.sleep(30)  # too long
+        elif event.number % 3 == 0:
+            raise ValueError(event.number)
+        elif event.number % 3 == 1:
+            await session.execute(text("INSERT INTO nowhere VALUES (1)"))
+
+    async with bus:
+        await reserve_seats(bus, 1)
+        await bus.drain(30)
+        assert await reserved(bus) == []
+        for _ in range(2):
+            async with AsyncSession(bus.engine) as session, session.begin():
+                await bus.publish(*[SeatReserved(number=number) for number in range(1, 12)], session=session)
+            await bus.drain(30)
+        assert await reserved(bus) == [2, 2, 5, 5, 8, 8, 11, 11]
+
+
+async def test_on_sqlite_who_else_writes_finds_the_lock_free_between_handlers_that_hold_it_for_long(
+    sqlite_url: str,
+) -> None:
+    bus = EventBus(sqlite_url, create_tables=True)
+    stranger = create_async_engine(sqlite_url, connect_args={"timeout": 30})
+
+    @bus.subscribe(SeatReserved, concurrency=5)
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        await session.execute(INSERT, {"number": event.number})
+        await asyncio.sleep(0.2)
+
+    async with bus:
+        await reserve_seats(bus, 40)
+        for number in range(100, 104):
+            async with stranger.begin() as connection:
+                await connection.execute(INSERT, {"number": number})
+        mine = [number for number in await reserved(bus) if number < 100]
+        await bus.drain(60)
+        assert await reserved(bus) == [*range(40), *range(100, 104)]
+    await stranger.dispose()
+    assert len(mine) <= 20, "it waited for most of them"
+
+
 async def test_handlers_that_hold_connections_longer_than_a_lease_cost_no_lease(postgres_url: str) -> None:
     records = Records()
     bus = EventBus(postgres_url, create_tables=True, lease=1, logger=records)

@@ -131,11 +131,11 @@ async def test_a_worker_settles_many_events_of_many_handlers_with_few_statements
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_a_transactional_delivery_adds_one_statement_on_postgresql_and_three_on_sqlite(
+async def test_a_transactional_delivery_adds_one_statement_on_postgresql_and_two_on_sqlite(
     database_url: str, ordered: bool
 ) -> None:
-    """On SQLite taking the write lock, moving the cursor and keeping the history are statements of their own."""
-    added = 3 if database_url.startswith("sqlite") else 1
+    """On SQLite keeping the history is a statement of its own; one that wrote nothing takes the lock with a third."""
+    added = 2 if database_url.startswith("sqlite") else 1
     async with letters(database_url) as bus:
 
         @bus.subscribe(LetterPosted, name="letters", concurrency=1, ordered_by="number" if ordered else None)
@@ -168,7 +168,9 @@ async def test_a_worker_begins_and_ends_with_the_same_statements_however_many_la
             async with bus.engine.connect() as connection:
                 held = "SELECT count(*) FROM whereupon_cursor WHERE owner IS NOT NULL"
                 assert await connection.scalar(text(held)) == 0
-        return len(seen)
+        # the log's upkeep begins at some time of its own, and has nothing to do with lanes
+        tables = ("whereupon_cursor", "whereupon_subscription", "whereupon_exception", "whereupon_process")
+        return len([one for one in seen if any(table in one.sql for table in tables)])
 
     few = await of_a_life(1, 1)
     assert await of_a_life(20, 8) <= few + 10  # what looks now and then does so more often on a slow machine

@@ -9,10 +9,11 @@ import json
 import operator
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
@@ -28,7 +29,8 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
 from whereupon.schema import UTCDateTime, exception, log, process
@@ -55,9 +57,6 @@ _AT_ONCE: Final = 1000
 """Lanes claimed by one statement; SQLite takes 32,766 parameters."""
 _KEPT: Final = 3
 """Connections that a worker keeps for what it asks most often: to read, to settle, and to read for those that lag."""
-
-
-_Ask: TypeAlias = Callable[..., Awaitable[Iterable[Any]]]
 
 
 def configure(engine: AsyncEngine) -> None:
@@ -118,6 +117,50 @@ _rolling_back: Final[set[asyncio.Task[None]]] = set()
 """The event loop itself keeps no task alive."""
 
 
+class _Turn:
+    """A handler's turn to write, among all handlers of this store; taken before its first statement that writes.
+
+    SQLite lets one write at a time, and has the others sleep and look again, for up to 100 ms, while nobody writes.
+    """
+
+    def __init__(self, queue: asyncio.Lock) -> None:
+        self._queue = queue
+        self._since = 0.0
+        self.taken = False
+
+    async def take(self) -> None:
+        if not self.taken:
+            await self._queue.acquire()
+            self.taken, self._since = True, time.monotonic()
+
+    def take_for(self, statement: str) -> None:
+        if not self.taken and statement.lstrip()[:7].rstrip().upper() not in _READING:
+            await_only(self.take())
+
+    def give(self) -> None:
+        if not self.taken:
+            return
+        self.taken = False
+        held = time.monotonic() - self._since
+        if held < _BRIEF:
+            self._queue.release()
+        else:  # whoever is not in this queue looks at the lock now and then only, and has to find it free some time
+            asyncio.get_running_loop().call_later(min(0.1, held / 4), self._queue.release)
+
+
+_BRIEF: Final = 0.005
+"""Seconds; turns as short as that leave the lock free for long enough between them."""
+_TURN: Final = "whereupon_turn"
+_READING: Final = frozenset({"SELECT", "PRAGMA", "EXPLAIN", "SAVEPOI", "RELEASE", "ROLLBAC", "BEGIN"})
+"""The first seven letters of statements that need no turn. WITH may come before either."""
+
+
+def _await_turn(connection: Connection, _: object, statement: str, *__: object) -> None:
+    turn: _Turn | None = connection.info.get(_TURN)
+    if turn is not None:
+        turn.take_for(statement)
+
+
 class SQLiteStore(Store):
     errors = (*Store.errors, sqlite3.Error)
 
@@ -126,6 +169,9 @@ class SQLiteStore(Store):
         pool = engine.sync_engine.pool
         if not event.contains(pool, "invalidate", _let_go_of_locks):
             event.listen(pool, "invalidate", _let_go_of_locks)
+        if not event.contains(engine.sync_engine, "before_cursor_execute", _await_turn):
+            event.listen(engine.sync_engine, "before_cursor_execute", _await_turn)
+        self._writers = asyncio.Lock()
         self.now = bindparam("now", callable_=lambda: datetime.now(UTC), type_=UTCDateTime(), unique=False)
         self.now_as_time = self.now
         self.upsert = sqlite.insert
@@ -134,6 +180,10 @@ class SQLiteStore(Store):
         self._next_at: dict[LaneKey, datetime] = {}
         self._at_hand: list[AsyncConnection] = []
         """Connections that are kept for the next who asks the driver."""
+
+    def separate(self) -> None:
+        super().separate()
+        self._writers = asyncio.Lock()  # of the event loop that runs now
 
     def use(self, engine: AsyncEngine) -> None:
         self.own = engine.execution_options(whereupon_begins=True)  # else its BEGIN would come before ours
@@ -154,6 +204,23 @@ class SQLiteStore(Store):
         driver = raw.driver_connection
         if driver is None or not driver.in_transaction:
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    @asynccontextmanager
+    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool) -> AsyncIterator[None]:
+        connection = await on.connection() if isinstance(on, AsyncSession) else on
+        turn = _Turn(self._writers)
+        assert connection.sync_connection is not None
+        info = connection.sync_connection.info
+        info[_TURN] = turn
+        try:
+            if lock:
+                await turn.take()
+                await self.take_lock(connection)
+            yield
+        finally:
+            if info.get(_TURN) is turn:  # and not another's, where the connection was lost and made anew
+                del info[_TURN]
+            turn.give()
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
@@ -256,29 +323,39 @@ class SQLiteStore(Store):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _asking(self) -> AsyncIterator[_Ask]:
-        """Asks the driver what deliveries wait for, outside of transactions until there is a BEGIN.
+    async def _ask(self, connection: AsyncConnection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        """Ask the driver for what deliveries wait for.
 
-        aiosqlite has a thread for each connection. For SQLAlchemy it makes a cursor, executes, fetches, closes the
-        cursor and rolls back at the end, and each of these is two hops between threads: most of what a small statement
-        costs. So a worker asks the driver itself, and keeps the connections. Without a worker nobody waits.
+        aiosqlite has a thread for each connection. For SQLAlchemy it makes a cursor, executes, fetches and closes the
+        cursor, and each of these is two hops between threads: most of what a small statement costs. So a worker asks
+        the driver itself. Without a worker nobody waits, and statements go the usual way.
         """
         if self._sibling is None:
-            async with self.own.connect() as connection:
+            result = await connection.exec_driver_sql(statement, tuple(parameters))
+            return list(result) if result.returns_rows else []
+        driver = await _driver_of(connection)
+        try:
+            return list(await driver.execute_fetchall(statement, parameters))
+        except sqlite3.Error as error:
+            raise DBAPIError.instance(
+                statement,
+                parameters,
+                error,
+                sqlite3.Error,
+                dialect=self.engine.dialect,
+            ) from error
+        except CancelledError:
+            await connection.invalidate()  # it may be running still, and wait for a lock
+            raise
 
-                async def slowly(statement: str, parameters: Sequence[Any] = ()) -> Iterable[Any]:
-                    result = await connection.exec_driver_sql(statement, tuple(parameters))
-                    return result.all() if result.returns_rows else ()
-
-                yield slowly
-            return
+    @asynccontextmanager
+    async def _at_once(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for `_ask`, not in a transaction until there is a BEGIN; kept for the next who wants one."""
         connection = self._at_hand.pop() if self._at_hand else await self.own.connect()
         try:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
-            yield driver.execute_fetchall
+            yield connection
         except BaseException:
-            await connection.invalidate()  # a statement may be running still, in a transaction or not
+            await connection.invalidate()  # it may be in a transaction
             await connection.close()
             raise
         if len(self._at_hand) < _KEPT and self._sibling is not None:
@@ -290,8 +367,8 @@ class SQLiteStore(Store):
         heard = "" if types is None else f" AND type IN ({', '.join('?' * len(types))})"
         end = "" if toward is None else " AND position <= ?"
         parameters = [place, *(types or ()), *(() if toward is None else (toward,)), limit]
-        async with self._asking() as ask:
-            found = list(await ask(_PAGE.format(heard=heard, end=end), parameters))
+        async with self._at_once() as connection:
+            found = await self._ask(connection, _PAGE.format(heard=heard, end=end), parameters)
         rows = [
             Row(
                 position, UUID(event_id), type_, version, payload, headers, keys, ran,
@@ -352,32 +429,38 @@ class SQLiteStore(Store):
     # --- settling ---------------------------------------------------------------------------------------------------
 
     async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
-        changes = [[*m.cursor.key, m.cursor.token, m.place, json.dumps(m.add), json.dumps(m.drop)] for m in moves]
-        pages = [_stored(page) for page in self._pages(worker, remembered)]
-        async with self._asking() as ask:
-            await ask("BEGIN IMMEDIATE")
-            held = {LaneKey(*key) for key in await ask(_SETTLE, (json.dumps(changes),))}
-            for first in range(0, len(pages), _AT_ONCE):
-                some = pages[first : first + _AT_ONCE]
-                values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(some))
-                await ask(f"{_REMEMBER} {values}", [value for page in some for value in page])
-            await ask("COMMIT")
+        async with self._at_once() as connection:
+            await self._ask(connection, "BEGIN IMMEDIATE")
+            held = await self._move(connection, moves)
+            await self.remember(connection, worker, remembered)
+            await self._ask(connection, "COMMIT")
         return held
 
+    async def _move(self, connection: AsyncConnection, moves: Sequence[Move]) -> set[LaneKey]:
+        changes = [[*m.cursor.key, m.cursor.token, m.place, json.dumps(m.add), json.dumps(m.drop)] for m in moves]
+        return {LaneKey(*key) for key in await self._ask(connection, _MOVE, (json.dumps(changes),))}
+
+    async def remember(self, connection: AsyncConnection, worker: UUID, remembered: Sequence[Remembered]) -> None:
+        pages = [_stored(page) for page in self._pages(worker, remembered)]
+        for first in range(0, len(pages), _AT_ONCE):
+            some = pages[first : first + _AT_ONCE]
+            values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(some))
+            await self._ask(connection, f"{_REMEMBER} {values}", [value for page in some for value in page])
+
     async def fence(self, connection: AsyncConnection, cursor: Cursor) -> None:
-        held = await connection.execute(
-            update(cursor_table).where(*_mine(cursor.key, cursor.token)).values(token=cursor_table.c.token)
-        )
-        if not held.rowcount:
+        if not await self._ask(connection, _FENCE, (*cursor.key, cursor.token)):
             raise lost(cursor)
 
     async def take_turn(self, connection: AsyncConnection, cursor: Cursor) -> None:
-        await self.fence(connection, cursor)
+        sync = connection.sync_connection
+        turn: _Turn | None = None if sync is None or sync.invalidated else sync.info.get(_TURN)
+        if turn is None or not turn.taken:
+            await self.fence(connection, cursor)  # else the handler has written, and holds the lock; the move is fenced
 
     async def move(
         self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()
     ) -> None:
-        if not (await connection.execute(_MOVE, _moved(move))).rowcount:
+        if not await self._move(connection, [move]):
             raise lost(move.cursor)
         await self.remember(connection, worker, remembered)
 
@@ -417,7 +500,10 @@ class SQLiteStore(Store):
             ]  # fmt: skip
 
 
-_AT = "WHERE subscription = :subscription AND generation = :generation AND lane = :lane AND token = :token"
+_FENCE: Final = (
+    "UPDATE whereupon_cursor SET token = token WHERE subscription = ? AND generation = ? AND lane = ? AND token = ? "
+    "RETURNING token"
+)
 # In one statement with the page, since a transaction for both would be a step of the thread more.
 _PAGE: Final = (
     "SELECT newest.position, page.* FROM (SELECT max(position) AS position FROM whereupon_log) AS newest LEFT JOIN ("
@@ -425,7 +511,7 @@ _PAGE: Final = (
     "SELECT position, event_id, type, version, CAST(payload AS BLOB), headers, keys, CAST(ran AS TEXT), recorded_at "
     "FROM whereupon_log WHERE position > ?{heard}{end} ORDER BY position LIMIT ?) AS page"
 )
-_SETTLE: Final = """
+_MOVE: Final = """
 UPDATE whereupon_cursor SET page = move.page, done = CASE WHEN move.added = '[]' AND move.dropped = '[]'
     THEN whereupon_cursor.done ELSE (
         SELECT json_group_array(d.value) FROM (
@@ -446,33 +532,16 @@ _REMEMBER: Final = (
     "recorded_at) VALUES"
 )
 _position_of: Final = operator.attrgetter("position")
-_MOVE: Final = text(
-    "UPDATE whereupon_cursor SET page = :page, done = (SELECT json_group_array(d.value) FROM (SELECT value FROM "
-    "json_each(whereupon_cursor.done) UNION SELECT value FROM json_each(:add)) AS d "
-    f"WHERE d.value NOT IN (SELECT value FROM json_each(:drop))) {_AT}"
-)
+
+
+async def _driver_of(connection: AsyncConnection) -> Any:
+    sync = connection.sync_connection
+    if sync is None or sync.invalidated:
+        return (await connection.get_raw_connection()).driver_connection
+    return sync.connection.driver_connection  # the same, without a greenlet for it
 
 
 def _stored(page: dict[str, Any]) -> tuple[Any, ...]:
     """A row of the history, as its columns' types would have it stored."""
     at = page["recorded_at"].replace(tzinfo=None).isoformat(" ", "microseconds")
     return (*(page | {"worker": page["worker"].hex, "recorded_at": at}).values(),)
-
-
-def _moved(move: Move) -> dict[str, Any]:
-    return {
-        **move.cursor.key._asdict(),
-        "token": move.cursor.token,
-        "page": move.place,
-        "add": json.dumps(move.add),
-        "drop": json.dumps(move.drop),
-    }
-
-
-def _mine(key: LaneKey, token: int) -> tuple[Any, ...]:
-    return (
-        cursor_table.c.subscription == key.subscription,
-        cursor_table.c.generation == key.generation,
-        cursor_table.c.lane == key.lane,
-        cursor_table.c.token == token,
-    )

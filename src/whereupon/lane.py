@@ -59,6 +59,8 @@ BATCHES: Final = 4
 """A shared transaction takes this part of `in_flight` at most: while one waits for the server, another computes."""
 WITH_SAVEPOINTS: Final = 10
 """Shared transactions that are run with savepoints at once after one in which a handler failed."""
+WITH_LOCK: Final = 10.0
+"""Seconds for which transactions take the lock of all writers at once, where there is one, after a race was lost."""
 RERUNS: Final = 50
 """How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
 
@@ -211,6 +213,8 @@ class Share:
         """What may begin, in the order of the log as far as the lanes were read together."""
         self.with_savepoints = 0
         """How many more shared transactions are run with a savepoint for each delivery, since one has failed."""
+        self._locks_until = 0.0
+        """Until when transactions take the lock of all writers at once, by `time.monotonic`."""
         self._begun = 0
         self._current: Delivery | None = None
         """The one whose handler was called last."""
@@ -337,6 +341,17 @@ class Share:
             self.queue.popleft()
         self.queue.extendleft(reversed(left))
         return taken
+
+    def locks(self, rerun: int) -> bool:
+        """Whether the next transaction takes the lock of all writers before its handler is called.
+
+        What lost a race would lose the next one as well; and a handler that reads before it writes loses on SQLite
+        whenever another has written meanwhile.
+        """
+        now = time.monotonic()
+        if rerun:
+            self._locks_until = now + WITH_LOCK
+        return now < self._locks_until
 
     def withdraw(self, lane: Lane) -> None:
         """Begin no more of this lane."""
@@ -780,16 +795,15 @@ class Lane:
         """Run the handler; commit what it wrote together with the record that it ran."""
         for rerun in range(RERUNS + 1):
             delivery.in_doubt = False
-            # what lost a race on SQLite would lose the next one as well, so it takes the write lock first
-            engine = self.store.locking_engine if rerun else self.store.engine
+            lock = self.share.locks(rerun)
+            engine = self.store.locking_engine if lock else self.store.engine
             async with self.worker.connections, AsyncSession(engine, expire_on_commit=False) as session:
                 try:
-                    if rerun:
-                        await self.store.take_lock(await session.connection())
-                    with handed_out(session, self.name):
-                        await self._call_with(delivery, session)
-                    await session.flush()
-                    await self._commit([delivery], session, session.commit)
+                    async with self.store.in_turn(session, lock=lock):
+                        with handed_out(session, self.name):
+                            await self._call_with(delivery, session)
+                        await session.flush()
+                        await self._commit([delivery], session, session.commit)
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
                         raise
@@ -831,7 +845,13 @@ class Lane:
 
     async def _without_savepoints(self, deliveries: Sequence[Delivery]) -> BaseException | None:
         """Run the handler for each, and commit if none fails; else what one has raised, and nothing was written."""
-        async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
+        lock = self.share.locks(0)
+        engine = self.store.locking_engine if lock else self.store.engine
+        async with (
+            self.worker.connections,
+            AsyncSession(engine, expire_on_commit=False) as session,
+            self.store.in_turn(session, lock=lock),
+        ):
             try:
                 with handed_out(session, self.name):
                     for delivery in deliveries:
@@ -856,12 +876,14 @@ class Lane:
         left = list(deliveries)
         while left:
             succeeded, failed = [], []
-            engine = self.store.locking_engine if rerun else self.store.engine
-            async with self.worker.connections, engine.connect() as connection:
+            lock = self.share.locks(rerun)
+            engine = self.store.locking_engine if lock else self.store.engine
+            async with (
+                self.worker.connections,
+                engine.connect() as connection,
+                self.store.in_turn(connection, lock=lock),
+            ):
                 try:
-                    await connection.begin()
-                    if rerun:
-                        await self.store.take_lock(connection)
                     for delivery in left:
                         if connection.sync_connection is not None:
                             reuse_savepoint_names(connection.sync_connection)
