@@ -22,6 +22,7 @@ from tests.statements import statements
 from whereupon import Discard, DomainEvent, EventBus, EventContext, Retry
 from whereupon.errors import SubscriptionError
 from whereupon.lane import Delivery, Lane, Logged
+from whereupon.observer import Observer, Run
 from whereupon.schema import log
 from whereupon.store import Page
 
@@ -708,6 +709,32 @@ async def test_deliveries_of_a_batch_keep_their_sessions_and_causes_apart(buses:
     # what was expunged before it was sent is not written, as in a session that is nobody else's
     expected = {number for number in range(20) if number % 6 != 3} | {100 + number for number in range(0, 20, 3)}
     assert cause_of == {serial: str(events[serial % 100].event_id) for serial in expected}
+
+
+async def test_a_retry_shares_its_transaction_with_nobody(buses: tuple[EventBus, EventBus]) -> None:
+    """Where it fails once more, what is fresh would be called again for that."""
+    bus, _ = buses
+    together: dict[int, list[int]] = {1: [], 2: []}
+
+    class Watch(Observer):
+        def started(self, run: Run) -> None:
+            together[run.attempt].append(run.together)
+
+    bus.observe(Watch())
+
+    @bus.subscribe(PageTurned, name="reader", batch=10, concurrency=1, lanes=1, retry=Retry(first=0.001))
+    async def reader(event: PageTurned, session: AsyncSession, context: EventContext) -> None:
+        await session.execute(text("INSERT INTO page VALUES ('a', :number)"), {"number": event.number})
+        if event.number % 10 == 0 and context.attempt == 1:
+            raise RuntimeError
+
+    await bus.start(deliver=False)
+    events = await turn(bus, *(("a", number) for number in range(200)))
+    await bus.close()
+    async with bus:
+        await bus.wait_settled(events, 30)
+    assert together[2] == [1] * 20
+    assert max(together[1]) > 1
 
 
 @pytest.mark.parametrize("batch", [1, 20])
