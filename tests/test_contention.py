@@ -1,19 +1,26 @@
 """Handlers, leases and settling share one database and one pool; none starves another."""
 
 import asyncio
+import contextlib
 import gc
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import closing
+from datetime import timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.event import listens_for
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util import await_only
 
 from tests.log_records import Records
-from whereupon import Delivery, DomainEvent, EventBus, Retry
+from whereupon import Delivery, DomainEvent, EventBus, EventContext, Retry, RetryLater
 
 pytestmark = [pytest.mark.integration, pytest.mark.tables_ready]
 
@@ -160,6 +167,214 @@ async def test_on_sqlite_who_else_writes_finds_the_lock_free_between_handlers_th
         assert await reserved(bus) == [*range(40), *range(100, 104)]
     await stranger.dispose()
     assert len(mine) <= 20, "it waited for most of them"
+
+
+async def settled(bus: EventBus, number: int) -> Counter[tuple[str, int]]:
+    """What became of so many events, with the attempts it took, once nothing is left to be done."""
+    async with AsyncSession(bus.engine) as session, session.begin():
+        receipt = await bus.publish(*[SeatReserved(number=n) for n in range(number)], session=session)
+    await receipt.settled(40)
+    found = await bus.deliveries(*[event.event_id for event in receipt.events])
+    return Counter((state.state, state.attempts) for state in found)
+
+
+@pytest.fixture
+async def theatre(sqlite_url: str) -> AsyncIterator[EventBus]:
+    """A bus that is not entered yet, and its table of seats."""
+    bus = EventBus(sqlite_url, create_tables=True, logger=Records())
+    await bus.create_tables()
+    await make_seats(bus)
+    yield bus
+    await bus.engine.dispose()
+
+
+async def make_seats(bus: EventBus) -> None:
+    async with bus.engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE seats (number INTEGER)"))
+
+
+class SeatPaid(DomainEvent):
+    number: int
+
+
+async def test_who_holds_sqlites_lock_waits_for_no_turn(theatre: EventBus) -> None:
+    """Each of these holds the lock when it comes to write, and has had no turn by then."""
+
+    @theatre.subscribe(SeatReserved, concurrency=5, timeout=5)
+    async def publishes(event: SeatReserved, session: AsyncSession) -> None:
+        await theatre.publish(SeatPaid(number=event.number), session=session)
+
+    @theatre.subscribe(SeatReserved, concurrency=5, timeout=5, retry=Retry(max_attempts=2, first=0.01))
+    async def retried(event: SeatReserved, session: AsyncSession, context: EventContext) -> None:
+        if context.attempt == 1:
+            raise RetryLater(timedelta(0))
+
+    @theatre.subscribe(SeatReserved, concurrency=5, timeout=5)
+    async def writes(event: SeatReserved, session: AsyncSession) -> None:
+        await session.execute(INSERT, {"number": event.number})
+
+    async with theatre:
+        assert await settled(theatre, 40) == {("succeeded", 1): 80, ("succeeded", 2): 40}
+        assert await reserved(theatre) == list(range(40))
+
+
+@pytest.mark.parametrize("how", ["an error that is caught", "a temporary table"])
+async def test_a_handler_that_has_written_nothing_after_all_holds_nobody_up(theatre: EventBus, how: str) -> None:
+    @theatre.subscribe(SeatReserved, concurrency=8, lanes=1, timeout=5)
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        if event.number % 2:
+            return
+        if how == "a temporary table":
+            await session.execute(text("CREATE TEMP TABLE IF NOT EXISTS mine (number INTEGER)"))
+            await session.execute(text("INSERT INTO mine VALUES (1)"))
+        else:
+            with contextlib.suppress(DBAPIError):
+                await session.execute(text("INSERT INTO nowhere VALUES (1)"))
+
+    async with theatre:
+        assert await settled(theatre, 60) == {("succeeded", 1): 60}
+
+
+async def test_a_lock_that_is_held_elsewhere_for_long_costs_a_batch_no_attempt(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whereupon._sqlite.BUSY_SECONDS", 0.2)
+    bus = EventBus(sqlite_url, create_tables=True, logger=Records())
+    await bus.create_tables()
+    await make_seats(bus)
+    assert bus.engine.url.database is not None
+    stranger = sqlite3.connect(bus.engine.url.database, isolation_level=None)
+    raced = False
+
+    @bus.subscribe(SeatReserved, batch=5, lanes=1, retry=Retry(max_attempts=1))
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        nonlocal raced
+        if not raced:  # it is to be run again, with the lock, and the stranger has that until then
+            raced = True
+            await session.execute(text("SELECT count(*) FROM seats"))
+            stranger.execute("BEGIN IMMEDIATE")
+            stranger.execute("INSERT INTO seats VALUES (100)")
+            asyncio.get_running_loop().call_later(1, stranger.execute, "COMMIT")
+        await session.execute(INSERT, {"number": event.number})
+
+    with closing(stranger):
+        async with bus:
+            assert await settled(bus, 5) == {("succeeded", 1): 5}
+            assert await reserved(bus) == [*range(5), 100]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+async def test_a_worker_leaves_something_of_a_small_pool_to_itself(sqlite_url: str, size: int) -> None:
+    engine = create_async_engine(sqlite_url, pool_size=size, max_overflow=0, pool_timeout=3)
+    bus = EventBus(engine, create_tables=True, logger=Records(), lease=3)
+
+    @bus.subscribe(SeatReserved, retry=Retry(first=0.01))
+    async def reserve(event: SeatReserved, context: EventContext) -> None:
+        if event.number % 7 == 0 and context.attempt == 1:
+            raise ValueError
+
+    async with bus:
+        for _ in range(2):
+            assert await settled(bus, 50) == {("succeeded", 1): 42, ("succeeded", 2): 8}
+    await engine.dispose()
+
+
+async def test_a_lost_race_does_not_make_others_lock_out_their_own_second_session(theatre: EventBus) -> None:
+    raced = False
+
+    @theatre.subscribe(SeatReserved, concurrency=1, lanes=1, timeout=5)
+    async def reserve(event: SeatReserved, session: AsyncSession) -> None:
+        nonlocal raced
+        if event.number == 0:
+            await session.execute(text("SELECT count(*) FROM seats"))
+        if event.number or not raced:
+            raced = True
+            async with AsyncSession(theatre.engine) as own, own.begin():
+                await own.execute(INSERT, {"number": 100 + event.number})
+        await session.execute(INSERT, {"number": event.number})
+
+    async with theatre:
+        assert await settled(theatre, 4) == {("succeeded", 1): 4}
+        assert await reserved(theatre) == [*range(4), *range(100, 104)]
+
+
+async def test_handlers_that_only_read_do_so_at_once(theatre: EventBus) -> None:
+    running, most = 0, 0
+
+    @theatre.subscribe(SeatReserved, concurrency=5)
+    async def read(event: SeatReserved, session: AsyncSession) -> None:
+        nonlocal running, most
+        await session.execute(text("WITH all_of_them AS (SELECT * FROM seats) SELECT count(*) FROM all_of_them"))
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.1)
+        running -= 1
+
+    async with theatre:
+        await settled(theatre, 10)
+    assert most > 1
+
+
+class Pep249(sqlite3.Connection):
+    """As Python 3.12 makes them with autocommit=False: always in a transaction."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "isolation_level": None})
+        self.execute("BEGIN")
+
+    def commit(self) -> None:
+        super().commit()
+        self.execute("BEGIN")
+
+    def rollback(self) -> None:
+        super().rollback()
+        self.execute("BEGIN")
+
+
+async def test_a_driver_that_is_always_in_a_transaction_settles_all_the_same(theatre: EventBus) -> None:
+    engine = create_async_engine(theatre.engine.url, connect_args={"timeout": 30, "factory": Pep249})
+    bus = EventBus(engine, logger=Records())
+    calls: Counter[int] = Counter()
+
+    @bus.subscribe(SeatReserved)
+    async def reserve(event: SeatReserved) -> None:
+        calls[event.number] += 1
+
+    for round_ in range(1, 3):
+        async with bus:
+            assert await settled(bus, 20) == {("succeeded", 1): 20}
+        assert calls == dict.fromkeys(range(20), round_)
+    await engine.dispose()
+
+
+ENDED_AMID_A_STATEMENT = """
+import asyncio, sys
+from sqlalchemy import text
+from whereupon import EventBus
+
+async def main(turns):
+    bus = EventBus(sys.argv[1], create_tables=True)
+    async def ask():
+        async with bus.engine.connect() as connection:
+            await connection.execute(text(sys.argv[2]))
+    task = asyncio.create_task(ask())
+    await asyncio.sleep(0.02)
+    task.cancel()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+for turns in range(12):
+    asyncio.run(main(turns))
+print("ended")
+"""
+LONG = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 400000) SELECT count(*) FROM c"
+
+
+async def test_an_event_loop_ends_though_a_statement_was_cancelled_just_before(sqlite_url: str) -> None:
+    """SQLAlchemy and aiosqlite both stop the driver's thread then, and the loop waited for it to obey twice."""
+    program = [sys.executable, "-c", ENDED_AMID_A_STATEMENT, sqlite_url, LONG]
+    done = await asyncio.to_thread(subprocess.run, program, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ended\n", done.stderr
 
 
 async def test_handlers_that_hold_connections_longer_than_a_lease_cost_no_lease(postgres_url: str) -> None:

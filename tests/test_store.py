@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -168,6 +169,25 @@ async def test_an_event_of_another_process_is_noticed_within_a_poll(database_url
         await asyncio.sleep(0.2)
         await note(other, MeterReadingNoted(number=1))
         await asyncio.wait_for(heard.wait(), 2)
+
+
+async def test_a_time_that_somebody_wrote_with_its_zone_is_read_as_that(sqlite_url: str) -> None:
+    bus = EventBus(sqlite_url, create_tables=True, deliver=False)
+    async with bus:
+        await note(bus, *[MeterReadingNoted(number=number) for number in range(2)])
+        async with bus.engine.begin() as connection:
+            await connection.execute(
+                text("UPDATE whereupon_log SET recorded_at = '2024-01-01 00:00:00+02:00' WHERE position = 1")
+            )
+            await connection.execute(
+                text("UPDATE whereupon_log SET recorded_at = '2024-01-01 00:00:00' WHERE position = 2")
+            )
+        page = await bus._store.read(0, None, 10)
+    await bus.engine.dispose()
+    assert [row.recorded_at for row in page.rows] == [
+        datetime(2023, 12, 31, 22, tzinfo=UTC),
+        datetime(2024, 1, 1, tzinfo=UTC),
+    ]
 
 
 def _running(bus: EventBus) -> Any:

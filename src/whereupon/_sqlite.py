@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import json
 import operator
+import re
 import sqlite3
 import time
 from asyncio import CancelledError
@@ -31,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.util import await_only
 
 from whereupon.schema import UTCDateTime, exception, log, process
@@ -97,11 +100,16 @@ def _let_go_of_locks(connection: Any, *_: object) -> None:
 
     The thread goes on with the statement. If that has rows to return, SQLite puts the closing off until the cursor is
     gone, which only the garbage collector sees to; until then it would hold the lock of all writers.
+
+    And where the event loop ends meanwhile, SQLAlchemy and aiosqlite both stop the thread. It obeys once, and the loop
+    would wait for ever for its second answer: so it is told once, and both wait for the same.
     """
     driver = getattr(connection, "driver_connection", None)
     rollback = getattr(driver, "rollback", None)
-    if rollback is None or not inspect.iscoroutinefunction(rollback):
+    if driver is None or rollback is None or not inspect.iscoroutinefunction(rollback):
         return
+    if (stop := getattr(driver, "stop", None)) is not None:
+        driver.stop = functools.cache(stop)
     with contextlib.suppress(RuntimeError):  # no loop runs: an engine is disposed of after its end
         task = asyncio.get_running_loop().create_task(_quietly(rollback))
         _rolling_back.add(task)
@@ -120,27 +128,33 @@ _rolling_back: Final[set[asyncio.Task[None]]] = set()
 class _Turn:
     """A handler's turn to write, among all handlers of this store; taken before its first statement that writes.
 
-    SQLite lets one write at a time, and has the others sleep and look again, for up to 100 ms, while nobody writes.
+    SQLite lets one write at a time, and has the others sleep and look again, for up to 100 ms, while nobody writes. The
+    turn spares them that, and no more: what decides is SQLite's lock. So nobody waits for the turn for long, since its
+    holder may be waiting for a lock that was taken past it, and nobody does who holds the lock.
     """
 
-    def __init__(self, queue: asyncio.Lock) -> None:
+    def __init__(self, queue: asyncio.Lock, *, early: bool) -> None:
         self._queue = queue
+        self._early = early
+        self._asked = self._taken = False
         self._since = 0.0
-        self.taken = False
 
     async def take(self) -> None:
-        if not self.taken:
-            await self._queue.acquire()
-            self.taken, self._since = True, time.monotonic()
+        if not self._asked:
+            self._asked = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    await self._queue.acquire()
+                    self._taken, self._since = True, time.monotonic()
 
-    def take_for(self, statement: str) -> None:
-        if not self.taken and statement.lstrip()[:7].rstrip().upper() not in _READING:
+    def take_for(self, statement: str, context: Any) -> None:
+        if not self._asked and (self._early or _writes(statement, context)):
             await_only(self.take())
 
     def give(self) -> None:
-        if not self.taken:
+        if not self._taken:
             return
-        self.taken = False
+        self._taken = False
         held = time.monotonic() - self._since
         if held < _BRIEF:
             self._queue.release()
@@ -148,17 +162,27 @@ class _Turn:
             asyncio.get_running_loop().call_later(min(0.1, held / 4), self._queue.release)
 
 
+_TURN: Final = "whereupon_turn"
+_PATIENCE: Final = 1.0
+"""Seconds that a handler waits for its turn, at most."""
 _BRIEF: Final = 0.005
 """Seconds; turns as short as that leave the lock free for long enough between them."""
-_TURN: Final = "whereupon_turn"
-_READING: Final = frozenset({"SELECT", "PRAGMA", "EXPLAIN", "SAVEPOI", "RELEASE", "ROLLBAC", "BEGIN"})
-"""The first seven letters of statements that need no turn. WITH may come before either."""
+_WRITING: Final = re.compile(r"(?:insert|update|delete|replace|create|drop|alter)\b|pragma\b.*=", re.IGNORECASE)
+_WITH: Final = re.compile(r"with\b.*\b(?:insert|update|delete|replace)\b", re.IGNORECASE | re.DOTALL)
 
 
-def _await_turn(connection: Connection, _: object, statement: str, *__: object) -> None:
+def _writes(statement: str, context: Any) -> bool:
+    """Whether a statement is known to write. Where it is not, it goes without a turn, and waits as SQLite has it."""
+    if context is not None and (context.isinsert or context.isupdate or context.isdelete or context.isddl):
+        return True
+    statement = statement.lstrip()
+    return _WRITING.match(statement) is not None or _WITH.match(statement) is not None
+
+
+def _await_turn(connection: Connection, _: object, statement: str, __: object, context: Any, ___: object) -> None:
     turn: _Turn | None = connection.info.get(_TURN)
     if turn is not None:
-        turn.take_for(statement)
+        turn.take_for(statement, context)
 
 
 class SQLiteStore(Store):
@@ -206,16 +230,17 @@ class SQLiteStore(Store):
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     @asynccontextmanager
-    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool) -> AsyncIterator[None]:
+    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool, early: bool) -> AsyncIterator[None]:
         connection = await on.connection() if isinstance(on, AsyncSession) else on
-        turn = _Turn(self._writers)
+        turn = _Turn(self._writers, early=early)
         assert connection.sync_connection is not None
         info = connection.sync_connection.info
-        info[_TURN] = turn
         try:
             if lock:
                 await turn.take()
                 await self.take_lock(connection)
+            else:
+                info[_TURN] = turn
             yield
         finally:
             if info.get(_TURN) is turn:  # and not another's, where the connection was lost and made anew
@@ -358,10 +383,21 @@ class SQLiteStore(Store):
             await connection.invalidate()  # it may be in a transaction
             await connection.close()
             raise
-        if len(self._at_hand) < _KEPT and self._sibling is not None:
+        driver = await _driver_of(connection)
+        # one that is opened with autocommit=False (of Python 3.12) begins again by itself
+        if len(self._at_hand) < self._may_keep() and not driver.in_transaction:
             self._at_hand.append(connection)
         else:
             await connection.close()
+
+    def _may_keep(self) -> int:
+        """How many connections are kept: as many as leave some of a small pool to others."""
+        if self._sibling is None:
+            return 0
+        pool = self._sibling.pool
+        if isinstance(pool, QueuePool):
+            return min(_KEPT, pool.size() - 2)
+        return _KEPT if isinstance(pool, NullPool) else 0
 
     async def read(self, place: int, types: Sequence[str] | None, limit: int, toward: int | None = None) -> Page:
         heard = "" if types is None else f" AND type IN ({', '.join('?' * len(types))})"
@@ -372,7 +408,7 @@ class SQLiteStore(Store):
         rows = [
             Row(
                 position, UUID(event_id), type_, version, payload, headers, keys, ran,
-                datetime.fromisoformat(recorded_at).replace(tzinfo=UTC),
+                _time(recorded_at),
             )
             for _, position, event_id, type_, version, payload, headers, keys, ran, recorded_at in found
             if position is not None
@@ -430,7 +466,8 @@ class SQLiteStore(Store):
 
     async def settle(self, moves: Sequence[Move], worker: UUID, remembered: Sequence[Remembered]) -> set[LaneKey]:
         async with self._at_once() as connection:
-            await self._ask(connection, "BEGIN IMMEDIATE")
+            if not (await _driver_of(connection)).in_transaction:
+                await self._ask(connection, "BEGIN IMMEDIATE")
             held = await self._move(connection, moves)
             await self.remember(connection, worker, remembered)
             await self._ask(connection, "COMMIT")
@@ -452,10 +489,10 @@ class SQLiteStore(Store):
             raise lost(cursor)
 
     async def take_turn(self, connection: AsyncConnection, cursor: Cursor) -> None:
-        sync = connection.sync_connection
-        turn: _Turn | None = None if sync is None or sync.invalidated else sync.info.get(_TURN)
-        if turn is None or not turn.taken:
-            await self.fence(connection, cursor)  # else the handler has written, and holds the lock; the move is fenced
+        await self.fence(connection, cursor)
+        # that has the lock: what is still to be written in this transaction must not wait for a turn
+        if connection.sync_connection is not None and not connection.sync_connection.invalidated:
+            connection.sync_connection.info.pop(_TURN, None)
 
     async def move(
         self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()
@@ -532,6 +569,11 @@ _REMEMBER: Final = (
     "recorded_at) VALUES"
 )
 _position_of: Final = operator.attrgetter("position")
+
+
+def _time(stored: str) -> datetime:
+    at = datetime.fromisoformat(stored)
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
 async def _driver_of(connection: AsyncConnection) -> Any:

@@ -59,8 +59,8 @@ BATCHES: Final = 4
 """A shared transaction takes this part of `in_flight` at most: while one waits for the server, another computes."""
 WITH_SAVEPOINTS: Final = 10
 """Shared transactions that are run with savepoints at once after one in which a handler failed."""
-WITH_LOCK: Final = 10.0
-"""Seconds for which transactions take the lock of all writers at once, where there is one, after a race was lost."""
+EARLY: Final = 10.0
+"""Seconds for which transactions take their turn before they read, where writers take turns, after a race was lost."""
 RERUNS: Final = 50
 """How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
 
@@ -213,8 +213,8 @@ class Share:
         """What may begin, in the order of the log as far as the lanes were read together."""
         self.with_savepoints = 0
         """How many more shared transactions are run with a savepoint for each delivery, since one has failed."""
-        self._locks_until = 0.0
-        """Until when transactions take the lock of all writers at once, by `time.monotonic`."""
+        self._early_until = 0.0
+        """Until when transactions take their turn before they read, by `time.monotonic`."""
         self._begun = 0
         self._current: Delivery | None = None
         """The one whose handler was called last."""
@@ -342,16 +342,13 @@ class Share:
         self.queue.extendleft(reversed(left))
         return taken
 
-    def locks(self, rerun: int) -> bool:
-        """Whether the next transaction takes the lock of all writers before its handler is called.
+    def has_lost_a_race(self) -> None:
+        self._early_until = time.monotonic() + EARLY
 
-        What lost a race would lose the next one as well; and a handler that reads before it writes loses on SQLite
-        whenever another has written meanwhile.
-        """
-        now = time.monotonic()
-        if rerun:
-            self._locks_until = now + WITH_LOCK
-        return now < self._locks_until
+    @property
+    def early(self) -> bool:
+        """Whether to take the turn before anything is read: what was read would be stale when it comes to write."""
+        return time.monotonic() < self._early_until
 
     def withdraw(self, lane: Lane) -> None:
         """Begin no more of this lane."""
@@ -795,11 +792,11 @@ class Lane:
         """Run the handler; commit what it wrote together with the record that it ran."""
         for rerun in range(RERUNS + 1):
             delivery.in_doubt = False
-            lock = self.share.locks(rerun)
-            engine = self.store.locking_engine if lock else self.store.engine
+            # what lost a race on SQLite would lose the next one as well, so it takes the write lock first
+            engine = self.store.locking_engine if rerun else self.store.engine
             async with self.worker.connections, AsyncSession(engine, expire_on_commit=False) as session:
                 try:
-                    async with self.store.in_turn(session, lock=lock):
+                    async with self.store.in_turn(session, lock=rerun > 0, early=self.share.early):
                         with handed_out(session, self.name):
                             await self._call_with(delivery, session)
                         await session.flush()
@@ -807,6 +804,7 @@ class Lane:
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
                         raise
+                    self.share.has_lost_a_race()
                 else:
                     self._stored([delivery])
                     return
@@ -825,6 +823,7 @@ class Lane:
             elif (missed := await self._without_savepoints(deliveries)) is None:
                 return
             elif isinstance(missed, DBAPIError) and lost_a_race(missed):
+                self.share.has_lost_a_race()
                 rerun = 1
             else:
                 self.share.with_savepoints = WITH_SAVEPOINTS
@@ -845,28 +844,24 @@ class Lane:
 
     async def _without_savepoints(self, deliveries: Sequence[Delivery]) -> BaseException | None:
         """Run the handler for each, and commit if none fails; else what one has raised, and nothing was written."""
-        lock = self.share.locks(0)
-        engine = self.store.locking_engine if lock else self.store.engine
-        async with (
-            self.worker.connections,
-            AsyncSession(engine, expire_on_commit=False) as session,
-            self.store.in_turn(session, lock=lock),
-        ):
+        committing = False
+        async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
             try:
-                with handed_out(session, self.name):
-                    for delivery in deliveries:
-                        await self._call_in(session, delivery, len(deliveries))
-                        make_as_new(session)
+                async with self.store.in_turn(session, lock=False, early=self.share.early):
+                    with handed_out(session, self.name):
+                        for delivery in deliveries:
+                            await self._call_in(session, delivery, len(deliveries))
+                            make_as_new(session)
+                    committing = True
+                    await self._commit_together(deliveries, session)
             except BaseException as error:
-                if not _is_its_own(error, deliveries):
+                if committing:
+                    its_own = isinstance(error, DBAPIError) and lost_a_race(error)
+                else:
+                    its_own = _is_its_own(error, deliveries)
+                if not its_own:
                     raise
                 return error
-            try:
-                await self._commit_together(deliveries, session)
-            except DBAPIError as error:
-                if lost_a_race(error):
-                    return error
-                raise
         self._stored(deliveries)
         return None
 
@@ -876,47 +871,43 @@ class Lane:
         left = list(deliveries)
         while left:
             succeeded, failed = [], []
-            lock = self.share.locks(rerun)
-            engine = self.store.locking_engine if lock else self.store.engine
-            async with (
-                self.worker.connections,
-                engine.connect() as connection,
-                self.store.in_turn(connection, lock=lock),
-            ):
+            engine = self.store.locking_engine if rerun else self.store.engine
+            async with self.worker.connections, engine.connect() as connection:
                 try:
-                    for delivery in left:
-                        if connection.sync_connection is not None:
-                            reuse_savepoint_names(connection.sync_connection)
-                        savepoint = await connection.begin_nested()
-                        returned = False
-                        try:
-                            async with AsyncSession(
-                                connection, expire_on_commit=False, join_transaction_mode="rollback_only"
-                            ) as session:
-                                with handed_out(session, self.name):
-                                    await self._call_in(session, delivery, len(left))
-                                await session.commit()  # of savepoints that it has left open, and of nothing else
-                            returned = True
-                            await savepoint.commit()
-                        except BaseException as error:
-                            if not _is_its_own(error, deliveries) or (
-                                isinstance(error, DBAPIError) and lost_a_race(error)
-                            ):
-                                raise
-                            failed.append((delivery, error))
-                            if returned or connection.invalidated:
-                                break
-                            if savepoint.is_active:  # a flush that fails rolls back to it by itself
-                                await savepoint.rollback()
+                    async with self.store.in_turn(connection, lock=rerun > 0, early=self.share.early):
+                        for delivery in left:
+                            if connection.sync_connection is not None:
+                                reuse_savepoint_names(connection.sync_connection)
+                            savepoint = await connection.begin_nested()
+                            returned = False
+                            try:
+                                async with AsyncSession(
+                                    connection, expire_on_commit=False, join_transaction_mode="rollback_only"
+                                ) as session:
+                                    with handed_out(session, self.name):
+                                        await self._call_in(session, delivery, len(left))
+                                    await session.commit()  # of savepoints that it has left open, and of nothing else
+                                returned = True
+                                await savepoint.commit()
+                            except BaseException as error:
+                                if not _is_its_own(error, deliveries) or (
+                                    isinstance(error, DBAPIError) and lost_a_race(error)
+                                ):
+                                    raise
+                                failed.append((delivery, error))
+                                if returned or connection.invalidated:
+                                    break
+                                if savepoint.is_active:  # a flush that fails rolls back to it by itself
+                                    await savepoint.rollback()
+                            else:
+                                succeeded.append(delivery)
                         else:
-                            succeeded.append(delivery)
-                    else:
-                        if succeeded:
-                            await self._commit_together(succeeded, connection)
-                        for delivery, reason in (*gone, *failed):
-                            self.finish(delivery, reason)
-                        self._stored(succeeded)
-                        return
+                            if succeeded:
+                                await self._commit_together(succeeded, connection)
+                            for delivery, reason in (*gone, *failed):
+                                self.finish(delivery, reason)
+                            self._stored(succeeded)
+                            return
                     # The last one has cost the connection, as it was cancelled amid a statement, or the transaction, as
                     # it said nothing of an error: the others go on without it.
                     gone.append(failed[-1])
@@ -924,6 +915,7 @@ class Lane:
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
                         raise
+                    self.share.has_lost_a_race()
                     rerun += 1
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun, 20)))
         for delivery, reason in gone:

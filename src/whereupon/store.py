@@ -426,10 +426,11 @@ class Store(abc.ABC):
         """Where writers take turns: wait for ours before anything is read."""
 
     @asynccontextmanager
-    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool) -> AsyncIterator[None]:
+    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool, early: bool) -> AsyncIterator[None]:
         """Around what handlers do in a transaction, up to its end, where writers take turns.
 
-        With `lock`, no other is let in from the beginning on. The transaction is one of `locking_engine` then.
+        With `lock` no other is let in from the beginning on; the transaction is one of `locking_engine` then. `early`
+        is for handlers that read before they write: their turn begins with the first statement.
         """
         yield
 
