@@ -8,7 +8,6 @@ import functools
 import inspect
 import json
 import operator
-import re
 import sqlite3
 import time
 from asyncio import CancelledError
@@ -32,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.util import await_only
 
@@ -125,66 +124,6 @@ _rolling_back: Final[set[asyncio.Task[None]]] = set()
 """The event loop itself keeps no task alive."""
 
 
-class _Turn:
-    """A handler's turn to write, among all handlers of this store; taken before its first statement that writes.
-
-    SQLite lets one write at a time, and has the others sleep and look again, for up to 100 ms, while nobody writes. The
-    turn spares them that, and no more: what decides is SQLite's lock. So nobody waits for the turn for long, since its
-    holder may be waiting for a lock that was taken past it, and nobody does who holds the lock.
-    """
-
-    def __init__(self, queue: asyncio.Lock, *, early: bool) -> None:
-        self._queue = queue
-        self._early = early
-        self._asked = self._taken = False
-        self._since = 0.0
-
-    async def take(self) -> None:
-        if not self._asked:
-            self._asked = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PATIENCE):
-                    await self._queue.acquire()
-                    self._taken, self._since = True, time.monotonic()
-
-    def take_for(self, statement: str, context: Any) -> None:
-        if not self._asked and (self._early or _writes(statement, context)):
-            await_only(self.take())
-
-    def give(self) -> None:
-        if not self._taken:
-            return
-        self._taken = False
-        held = time.monotonic() - self._since
-        if held < _BRIEF:
-            self._queue.release()
-        else:  # whoever is not in this queue looks at the lock now and then only, and has to find it free some time
-            asyncio.get_running_loop().call_later(min(0.1, held / 4), self._queue.release)
-
-
-_TURN: Final = "whereupon_turn"
-_PATIENCE: Final = 1.0
-"""Seconds that a handler waits for its turn, at most."""
-_BRIEF: Final = 0.005
-"""Seconds; turns as short as that leave the lock free for long enough between them."""
-_WRITING: Final = re.compile(r"(?:insert|update|delete|replace|create|drop|alter)\b|pragma\b.*=", re.IGNORECASE)
-_WITH: Final = re.compile(r"with\b.*\b(?:insert|update|delete|replace)\b", re.IGNORECASE | re.DOTALL)
-
-
-def _writes(statement: str, context: Any) -> bool:
-    """Whether a statement is known to write. Where it is not, it goes without a turn, and waits as SQLite has it."""
-    if context is not None and (context.isinsert or context.isupdate or context.isdelete or context.isddl):
-        return True
-    statement = statement.lstrip()
-    return _WRITING.match(statement) is not None or _WITH.match(statement) is not None
-
-
-def _await_turn(connection: Connection, _: object, statement: str, __: object, context: Any, ___: object) -> None:
-    turn: _Turn | None = connection.info.get(_TURN)
-    if turn is not None:
-        turn.take_for(statement, context)
-
-
 class SQLiteStore(Store):
     errors = (*Store.errors, sqlite3.Error)
 
@@ -193,9 +132,6 @@ class SQLiteStore(Store):
         pool = engine.sync_engine.pool
         if not event.contains(pool, "invalidate", _let_go_of_locks):
             event.listen(pool, "invalidate", _let_go_of_locks)
-        if not event.contains(engine.sync_engine, "before_cursor_execute", _await_turn):
-            event.listen(engine.sync_engine, "before_cursor_execute", _await_turn)
-        self._writers = asyncio.Lock()
         self.now = bindparam("now", callable_=lambda: datetime.now(UTC), type_=UTCDateTime(), unique=False)
         self.now_as_time = self.now
         self.upsert = sqlite.insert
@@ -204,10 +140,6 @@ class SQLiteStore(Store):
         self._next_at: dict[LaneKey, datetime] = {}
         self._at_hand: list[AsyncConnection] = []
         """Connections that are kept for the next who asks the driver."""
-
-    def separate(self) -> None:
-        super().separate()
-        self._writers = asyncio.Lock()  # of the event loop that runs now
 
     def use(self, engine: AsyncEngine) -> None:
         self.own = engine.execution_options(whereupon_begins=True)  # else its BEGIN would come before ours
@@ -228,24 +160,6 @@ class SQLiteStore(Store):
         driver = raw.driver_connection
         if driver is None or not driver.in_transaction:
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    @asynccontextmanager
-    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool, early: bool) -> AsyncIterator[None]:
-        connection = await on.connection() if isinstance(on, AsyncSession) else on
-        turn = _Turn(self._writers, early=early)
-        assert connection.sync_connection is not None
-        info = connection.sync_connection.info
-        try:
-            if lock:
-                await turn.take()
-                await self.take_lock(connection)
-            else:
-                info[_TURN] = turn
-            yield
-        finally:
-            if info.get(_TURN) is turn:  # and not another's, where the connection was lost and made anew
-                del info[_TURN]
-            turn.give()
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
@@ -490,9 +404,6 @@ class SQLiteStore(Store):
 
     async def take_turn(self, connection: AsyncConnection, cursor: Cursor) -> None:
         await self.fence(connection, cursor)
-        # that has the lock: what is still to be written in this transaction must not wait for a turn
-        if connection.sync_connection is not None and not connection.sync_connection.invalidated:
-            connection.sync_connection.info.pop(_TURN, None)
 
     async def move(
         self, connection: AsyncConnection, move: Move, worker: UUID, remembered: Sequence[Remembered] = ()

@@ -59,8 +59,6 @@ BATCHES: Final = 4
 """A shared transaction takes this part of `in_flight` at most: while one waits for the server, another computes."""
 WITH_SAVEPOINTS: Final = 10
 """Shared transactions that are run with savepoints at once after one in which a handler failed."""
-EARLY: Final = 10.0
-"""Seconds for which transactions take their turn before they read, where writers take turns, after a race was lost."""
 RERUNS: Final = 50
 """How often a transaction that lost a race (serialization, deadlock, SQLite's stale snapshot) is run again at once."""
 
@@ -213,8 +211,6 @@ class Share:
         """What may begin, in the order of the log as far as the lanes were read together."""
         self.with_savepoints = 0
         """How many more shared transactions are run with a savepoint for each delivery, since one has failed."""
-        self._early_until = 0.0
-        """Until when transactions take their turn before they read, by `time.monotonic`."""
         self._begun = 0
         self._current: Delivery | None = None
         """The one whose handler was called last."""
@@ -341,14 +337,6 @@ class Share:
             self.queue.popleft()
         self.queue.extendleft(reversed(left))
         return taken
-
-    def has_lost_a_race(self) -> None:
-        self._early_until = time.monotonic() + EARLY
-
-    @property
-    def early(self) -> bool:
-        """Whether to take the turn before anything is read: what was read would be stale when it comes to write."""
-        return time.monotonic() < self._early_until
 
     def withdraw(self, lane: Lane) -> None:
         """Begin no more of this lane."""
@@ -796,15 +784,15 @@ class Lane:
             engine = self.store.locking_engine if rerun else self.store.engine
             async with self.worker.connections, AsyncSession(engine, expire_on_commit=False) as session:
                 try:
-                    async with self.store.in_turn(session, lock=rerun > 0, early=self.share.early):
-                        with handed_out(session, self.name):
-                            await self._call_with(delivery, session)
-                        await session.flush()
-                        await self._commit([delivery], session, session.commit)
+                    if rerun:
+                        await self.store.take_lock(await session.connection())
+                    with handed_out(session, self.name):
+                        await self._call_with(delivery, session)
+                    await session.flush()
+                    await self._commit([delivery], session, session.commit)
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
                         raise
-                    self.share.has_lost_a_race()
                 else:
                     self._stored([delivery])
                     return
@@ -823,7 +811,6 @@ class Lane:
             elif (missed := await self._without_savepoints(deliveries)) is None:
                 return
             elif isinstance(missed, DBAPIError) and lost_a_race(missed):
-                self.share.has_lost_a_race()
                 rerun = 1
             else:
                 self.share.with_savepoints = WITH_SAVEPOINTS
@@ -844,24 +831,22 @@ class Lane:
 
     async def _without_savepoints(self, deliveries: Sequence[Delivery]) -> BaseException | None:
         """Run the handler for each, and commit if none fails; else what one has raised, and nothing was written."""
-        committing = False
         async with self.worker.connections, AsyncSession(self.store.engine, expire_on_commit=False) as session:
             try:
-                async with self.store.in_turn(session, lock=False, early=self.share.early):
-                    with handed_out(session, self.name):
-                        for delivery in deliveries:
-                            await self._call_in(session, delivery, len(deliveries))
-                            make_as_new(session)
-                    committing = True
-                    await self._commit_together(deliveries, session)
+                with handed_out(session, self.name):
+                    for delivery in deliveries:
+                        await self._call_in(session, delivery, len(deliveries))
+                        make_as_new(session)
             except BaseException as error:
-                if committing:
-                    its_own = isinstance(error, DBAPIError) and lost_a_race(error)
-                else:
-                    its_own = _is_its_own(error, deliveries)
-                if not its_own:
+                if not _is_its_own(error, deliveries):
                     raise
                 return error
+            try:
+                await self._commit_together(deliveries, session)
+            except DBAPIError as error:
+                if lost_a_race(error):
+                    return error
+                raise
         self._stored(deliveries)
         return None
 
@@ -874,40 +859,42 @@ class Lane:
             engine = self.store.locking_engine if rerun else self.store.engine
             async with self.worker.connections, engine.connect() as connection:
                 try:
-                    async with self.store.in_turn(connection, lock=rerun > 0, early=self.share.early):
-                        for delivery in left:
-                            if connection.sync_connection is not None:
-                                reuse_savepoint_names(connection.sync_connection)
-                            savepoint = await connection.begin_nested()
-                            returned = False
-                            try:
-                                async with AsyncSession(
-                                    connection, expire_on_commit=False, join_transaction_mode="rollback_only"
-                                ) as session:
-                                    with handed_out(session, self.name):
-                                        await self._call_in(session, delivery, len(left))
-                                    await session.commit()  # of savepoints that it has left open, and of nothing else
-                                returned = True
-                                await savepoint.commit()
-                            except BaseException as error:
-                                if not _is_its_own(error, deliveries) or (
-                                    isinstance(error, DBAPIError) and lost_a_race(error)
-                                ):
-                                    raise
-                                failed.append((delivery, error))
-                                if returned or connection.invalidated:
-                                    break
-                                if savepoint.is_active:  # a flush that fails rolls back to it by itself
-                                    await savepoint.rollback()
-                            else:
-                                succeeded.append(delivery)
+                    await connection.begin()
+                    if rerun:
+                        await self.store.take_lock(connection)
+                    for delivery in left:
+                        if connection.sync_connection is not None:
+                            reuse_savepoint_names(connection.sync_connection)
+                        savepoint = await connection.begin_nested()
+                        returned = False
+                        try:
+                            async with AsyncSession(
+                                connection, expire_on_commit=False, join_transaction_mode="rollback_only"
+                            ) as session:
+                                with handed_out(session, self.name):
+                                    await self._call_in(session, delivery, len(left))
+                                await session.commit()  # of savepoints that it has left open, and of nothing else
+                            returned = True
+                            await savepoint.commit()
+                        except BaseException as error:
+                            if not _is_its_own(error, deliveries) or (
+                                isinstance(error, DBAPIError) and lost_a_race(error)
+                            ):
+                                raise
+                            failed.append((delivery, error))
+                            if returned or connection.invalidated:
+                                break
+                            if savepoint.is_active:  # a flush that fails rolls back to it by itself
+                                await savepoint.rollback()
                         else:
-                            if succeeded:
-                                await self._commit_together(succeeded, connection)
-                            for delivery, reason in (*gone, *failed):
-                                self.finish(delivery, reason)
-                            self._stored(succeeded)
-                            return
+                            succeeded.append(delivery)
+                    else:
+                        if succeeded:
+                            await self._commit_together(succeeded, connection)
+                        for delivery, reason in (*gone, *failed):
+                            self.finish(delivery, reason)
+                        self._stored(succeeded)
+                        return
                     # The last one has cost the connection, as it was cancelled amid a statement, or the transaction, as
                     # it said nothing of an error: the others go on without it.
                     gone.append(failed[-1])
@@ -915,7 +902,6 @@ class Lane:
                 except DBAPIError as error:
                     if rerun == RERUNS or not lost_a_race(error):
                         raise
-                    self.share.has_lost_a_race()
                     rerun += 1
             await asyncio.sleep(random.uniform(0, 0.01 * min(rerun, 20)))
         for delivery, reason in gone:

@@ -22,7 +22,7 @@ import msgspec
 from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from whereupon import schema
 from whereupon.errors import DatabaseError, DatabaseUnavailableError, LeaseLost, SubscriptionConflictError
@@ -424,15 +424,6 @@ class Store(abc.ABC):
 
     async def take_lock(self, connection: AsyncConnection) -> None:  # noqa: B027
         """Where writers take turns: wait for ours before anything is read."""
-
-    @asynccontextmanager
-    async def in_turn(self, on: AsyncSession | AsyncConnection, *, lock: bool, early: bool) -> AsyncIterator[None]:
-        """Around what handlers do in a transaction, up to its end, where writers take turns.
-
-        With `lock` no other is let in from the beginning on; the transaction is one of `locking_engine` then. `early`
-        is for handlers that read before they write: their turn begins with the first statement.
-        """
-        yield
 
     async def exclusively(self, connection: AsyncConnection, name: str, *, wait: bool = True) -> bool:
         """Until the connection's transaction ends, be the only one of all processes that does what has this name.
