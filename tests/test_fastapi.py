@@ -892,7 +892,9 @@ async def test_a_server_with_several_processes_delivers_each_event_once_and_stop
     with uvicorn_process(tmp_path, unused_tcp_port, library.bus.engine.url.render_as_string(False)) as process:
         pids = await enough("SELECT pid FROM process", 2)
         assert len(set(pids)) == 2
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{unused_tcp_port}") as http:
+        # uvicorn listens once the lifespan has begun, which is a moment after the rows; it is tried anew until then
+        transport = httpx.AsyncHTTPTransport(retries=6)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{unused_tcp_port}", transport=transport) as http:
             for book in range(20):
                 headers = {"name": f"reader {book}", "x-forwarded-for": f"192.0.2.{book}"}
                 assert (await http.post(f"/books/{book}", headers=headers)).status_code == 200
