@@ -54,12 +54,6 @@ async def test_a_transactional_handler_that_reads_and_then_waits_is_not_run_agai
     assert max(calls.values()) <= 2
 
 
-async def reserve_seats(bus: EventBus, number: int) -> None:
-    async with AsyncSession(bus.engine) as session, session.begin():
-        await session.execute(text("CREATE TABLE IF NOT EXISTS seats (number INTEGER)"))
-        await bus.publish(*[SeatReserved(number=n) for n in range(number)], session=session)
-
-
 async def reserved(bus: EventBus) -> list[int]:
     async with AsyncSession(bus.engine) as session:
         return sorted(await session.scalars(text("SELECT number FROM seats")))

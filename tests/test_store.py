@@ -190,6 +190,16 @@ async def test_a_time_that_somebody_wrote_with_its_zone_is_read_as_that(sqlite_u
     ]
 
 
+async def test_a_worker_of_which_a_statement_is_refused_tells_no_values(sqlite_url: str) -> None:
+    bus = EventBus(sqlite_url, create_tables=True)
+    async with bus, bus._store.reading() as connection:
+        with pytest.raises(OperationalError) as refused:
+            await bus._store._ask(connection, "SELECT ? FROM nowhere", ("something secret",))  # type: ignore[attr-defined]
+    await bus.engine.dispose()
+    assert "SELECT ? FROM nowhere" in str(refused.value)
+    assert "something secret" not in str(refused.value)
+
+
 def _running(bus: EventBus) -> Any:
     lanes = bus._worker.lanes.values() if bus._worker is not None else ()
     return [delivery for lane in lanes for delivery in lane.active]

@@ -277,11 +277,7 @@ class SQLiteStore(Store):
             return list(await driver.execute_fetchall(statement, parameters))
         except sqlite3.Error as error:
             raise DBAPIError.instance(
-                statement,
-                parameters,
-                error,
-                sqlite3.Error,
-                dialect=self.engine.dialect,
+                statement, parameters, error, sqlite3.Error, hide_parameters=True, dialect=self.engine.dialect
             ) from error
         except CancelledError:
             await connection.invalidate()  # it may be running still, and wait for a lock
@@ -370,11 +366,13 @@ class SQLiteStore(Store):
             await pulse.close()
 
     async def close(self) -> None:
-        await self._end_pulse()
         kept, self._at_hand = self._at_hand, []
-        for connection in kept:
-            await connection.close()
-        await super().close()
+        try:
+            await self._end_pulse()
+            for connection in kept:
+                await connection.close()
+        finally:
+            await super().close()
 
     # --- settling ---------------------------------------------------------------------------------------------------
 
