@@ -33,7 +33,13 @@ TRANSACTIONAL = ("book", "ledger")
 """Subscriptions whose effects are rows, written in the transaction that settles the delivery."""
 ORDERED = ("letters", "ledger")
 ACCOUNTS = 12
-NOT_TAKEN = (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+NOT_TAKEN = (
+    SQLAlchemyError,
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # of a connection that the server ends between two statements
+)
 """What a publisher may get of a database at fault: it goes on with the next transaction."""
 
 
