@@ -878,6 +878,7 @@ class EventBus(Subscribing):
                 await self._after_commit_handlers({event.event_id for event in events})
                 self._check_loop()
                 await self._ready()
+                pause = 0.02
                 while True:
                     found = await self._store.deliveries(
                         list(expected), self._heard(), key_inside=self._key_inside, calls_too=False
@@ -886,19 +887,20 @@ class EventBus(Subscribing):
                     if not open_ and expected == {state.event_id for state in found}:
                         return
                     waiting = ", ".join(open_) or "the events are not in the log (not committed, or pruned?)"
-                    await self._something_settled()
+                    await self._something_settled(pause)
+                    pause = min(pause * 1.5, 0.2)  # the worker may be another process, which wakes nobody here
         except TimeoutError:
             if not limit.expired():
                 raise
             raise TimeoutError(f"not settled after {timeout:g} s: {waiting}") from None
 
-    async def _something_settled(self) -> None:
+    async def _something_settled(self, at_most: float) -> None:
         if self._worker is None:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(at_most)
             return
         self._worker.settled.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._worker.settled.wait(), 0.02)
+            await asyncio.wait_for(self._worker.settled.wait(), at_most)
 
 
 _DEADLOCK: Final = (
