@@ -167,7 +167,7 @@ def check_age(age: timedelta) -> None:
     if age < timedelta(0):
         raise ValueError(f"prune(older_than={age}): an age is not negative")
     try:
-        datetime.now(UTC) - timedelta(days=1) - age
+        _ = datetime.now(UTC) - timedelta(days=1) - age
     except OverflowError:
         raise ValueError(f"prune(older_than={age}): longer than anything was kept") from None
 
