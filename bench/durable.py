@@ -39,7 +39,7 @@ import durable_ways
 from durable_ways import POSTGRESQL, SQLITE, Body, Way, way_of
 
 SERVER = "postgresql://postgres@127.0.0.1:5432"
-BURN = 200e-6
+BURNS = {"compute 200 µs": 200e-6, "compute 2 ms": 2e-3}
 """Seconds of CPU that a handler that computes takes."""
 BEST = ("txoutbox", "pgqueuer", "faststream-outbox")
 """The peers that the dearer measurements are made beside."""
@@ -99,7 +99,7 @@ class Board:
             count = counting(place)
 
             def compute(number: int) -> None:
-                until = time.thread_time() + BURN
+                until = time.thread_time() + BURNS[kind]
                 while time.thread_time() < until:
                     pass
                 count(number)
@@ -115,7 +115,7 @@ class Board:
 
             return stamp
 
-        make = {"compute": computing, "stamp": stamping}.get(kind, counting)
+        make = computing if kind in BURNS else stamping if kind == "stamp" else counting
         wait = 0.002 if kind == "wait" else 0.0
         return [Body(make(place), wait) for place in range(self.handlers)]
 
@@ -880,9 +880,13 @@ async def publish(bench: Bench) -> None:
 
 
 async def workers(bench: Bench) -> None:
-    say("## Two worker processes against one, when the handler computes 200 µs\n")
-    progress("workers")
-    events = 4000 if bench.quick else 20_000
+    say("## Two worker processes against one, when the handler computes\n")
+    for kind, seconds in BURNS.items():
+        progress(f"workers: {kind}")
+        await _workers(bench, kind, int((0.8 if bench.quick else 4) / seconds))
+
+
+async def _workers(bench: Bench, kind: str, events: int) -> None:
     entries = bench.entries(POSTGRESQL, BEST)
     lines = [Entry(entry.way, f"{entry.label}, {n}", {"workers": n}) for entry in entries for n in (1, 2)]
 
@@ -893,7 +897,7 @@ async def workers(bench: Bench) -> None:
             job = {"way": entry.way, "url": url, "options": entry.options, "events": events, "handlers": 1}
             for seat in range(number):
                 worker = await stack.enter_async_context(
-                    bench.child(role="work", kind="compute", seat=seat, board=board.path, **job)
+                    bench.child(role="work", kind=kind, seat=seat, board=board.path, **job)
                 )
                 await worker.line()
             publisher = await stack.enter_async_context(bench.child(role="publish", clients=1, board=board.path, **job))
@@ -920,7 +924,8 @@ async def workers(bench: Bench) -> None:
                 " / ".join(f"{share:,}" for share in two[-1][1]),
             ]
         )
-    say(table(["events/s", "one process", "two processes", "two / one", "calls of each"], rows) + "\n")
+    head = [f"events/s, {kind}", "one process", "two processes", "two / one", "calls of each"]
+    say(table(head, rows) + "\n")
 
 
 async def _until_called(board: Board, total: int, since: int, label: str, limit: float = 120) -> float:
