@@ -156,7 +156,7 @@ def test_a_database_that_will_not_do_is_one_clear_line(url: str, telling: str, t
         output = all_of(process)
     assert process.returncode == 1, output
     assert telling in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
 
 
 async def test_the_bank_opens_elsewhere_where_somebody_took_its_port_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
