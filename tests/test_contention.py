@@ -245,26 +245,30 @@ import asyncio, sys
 from sqlalchemy import text
 from whereupon import EventBus
 
-async def main(turns):
+async def main(seconds, turns):
     bus = EventBus(sys.argv[1], create_tables=True)
     async def ask():
         async with bus.engine.connect() as connection:
             await connection.execute(text(sys.argv[2]))
     task = asyncio.create_task(ask())
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(seconds)
     task.cancel()
     for _ in range(turns):
         await asyncio.sleep(0)
 
-for turns in range(12):
-    asyncio.run(main(turns))
+for seconds in (0.0005, 0.001, 0.003, 0.006, 0.02):  # while the connection is made, and amid the statement
+    for turns in range(12):
+        asyncio.run(main(seconds, turns))
 print("ended")
 """
 LONG = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 400000) SELECT count(*) FROM c"
 
 
 async def test_an_event_loop_ends_though_a_statement_was_cancelled_just_before(sqlite_url: str) -> None:
-    """SQLAlchemy and aiosqlite both stop the driver's thread then, and the loop waited for it to obey twice."""
+    """SQLAlchemy and aiosqlite both stop the driver's thread then, and the loop waited for it to obey twice.
+
+    So also if the connection was still being made.
+    """
     program = [sys.executable, "-c", ENDED_AMID_A_STATEMENT, sqlite_url, LONG]
     done = await asyncio.to_thread(subprocess.run, program, capture_output=True, text=True, timeout=60)
     assert done.stdout == "ended\n", done.stderr

@@ -94,21 +94,27 @@ def _use_wal(cursor: Any) -> None:
         await_only(asyncio.sleep(0.02))
 
 
+def _have_it_stop_once(connection: Any, *_: object) -> None:
+    """Let all that stop the thread of a connection wait for the same answer.
+
+    Where an event loop ends just after a statement, or the making of a connection, was cancelled, SQLAlchemy and
+    aiosqlite both stop the driver's thread. It obeys once, and the loop would wait for ever for its second answer.
+    """
+    driver: Any = getattr(connection, "driver_connection", None)
+    if (stop := getattr(driver, "stop", None)) is not None and not hasattr(stop, "cache_info"):
+        driver.stop = functools.cache(stop)
+
+
 def _let_go_of_locks(connection: Any, *_: object) -> None:
     """A statement was cancelled, and its connection is about to be closed: end the transaction first.
 
     The thread goes on with the statement. If that has rows to return, SQLite puts the closing off until the cursor is
     gone, which only the garbage collector sees to; until then it would hold the lock of all writers.
-
-    And where the event loop ends meanwhile, SQLAlchemy and aiosqlite both stop the thread. It obeys once, and the loop
-    would wait for ever for its second answer: so it is told once, and both wait for the same.
     """
-    driver = getattr(connection, "driver_connection", None)
-    rollback = getattr(driver, "rollback", None)
-    if driver is None or rollback is None or not inspect.iscoroutinefunction(rollback):
+    _have_it_stop_once(connection)  # it may have been made before the pool was listened to
+    rollback = getattr(getattr(connection, "driver_connection", None), "rollback", None)
+    if rollback is None or not inspect.iscoroutinefunction(rollback):
         return
-    if (stop := getattr(driver, "stop", None)) is not None:
-        driver.stop = functools.cache(stop)
     with contextlib.suppress(RuntimeError):  # no loop runs: an engine is disposed of after its end
         task = asyncio.get_running_loop().create_task(_quietly(rollback))
         _rolling_back.add(task)
@@ -132,6 +138,8 @@ class SQLiteStore(Store):
         pool = engine.sync_engine.pool
         if not event.contains(pool, "invalidate", _let_go_of_locks):
             event.listen(pool, "invalidate", _let_go_of_locks)
+            # before whatever else is done with a new connection: amid that, it is closed without being invalidated
+            event.listen(pool, "connect", _have_it_stop_once, insert=True)
         self.now = bindparam("now", callable_=lambda: datetime.now(UTC), type_=UTCDateTime(), unique=False)
         self.now_as_time = self.now
         self.upsert = sqlite.insert
