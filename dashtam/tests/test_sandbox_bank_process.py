@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,6 +55,16 @@ def test_the_bank_serves_and_stops_when_asked_to(asked: signal.Signals) -> None:
             output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     assert output == ""
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 2, 4])
+def test_a_bank_that_is_stopped_as_it_starts_says_nothing_of_it(milliseconds: int) -> None:
+    with banking("--port", "0") as process:
+        address(process)
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "")
 
 
 async def test_an_answer_that_is_late_does_not_keep_the_bank_from_stopping() -> None:
