@@ -246,3 +246,18 @@ async def test_deliveries_that_share_a_transaction_share_its_statements(database
                 await bus.drain(20)
         bookkeeping = [one for one in seen if "whereupon_cursor" in one.sql or "whereupon_history" in one.sql]
         assert len(bookkeeping) <= 6, "one transaction for all, or few"
+
+
+async def test_who_waits_for_what_another_process_delivers_asks_ever_more_seldom(database_url: str) -> None:
+    async with letters(database_url, deliver=False) as bus:
+
+        async def read(event: LetterPosted) -> None: ...
+
+        bus.subscribe(LetterPosted, read)
+        async with bus:
+            async with AsyncSession(bus.engine) as session, session.begin():
+                receipt = await bus.publish(LetterPosted(number=1), session=session)
+            with statements(bus.engine.sync_engine) as seen, pytest.raises(TimeoutError):
+                await receipt.settled(2)
+    asked = [s for s in seen if s.sql.startswith("SELECT l.event_id")]
+    assert 1 <= len(asked) <= 20
